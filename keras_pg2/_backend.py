@@ -1,0 +1,282 @@
+"""The one file that imports jax, tensorflow or torch.
+
+Everything else is `keras.ops` and Keras layers. What is here, Keras lacks: compiled programs
+over a model's variables, loops that stop early, in-place cache writes, products of low-precision
+operands with a float32 result, and variables without values.
+"""
+
+import concurrent.futures
+import contextlib
+import threading
+
+import keras
+from keras import ops
+from keras.src.backend.common import global_state
+
+BACKEND = keras.config.backend()
+IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
+
+if BACKEND == "jax":
+    import jax
+    import jax.numpy as jnp
+elif BACKEND == "tensorflow":
+    import tensorflow as tf
+elif BACKEND == "torch":
+    import torch
+else:
+    raise ImportError(
+        "keras_pg2 runs on the Keras backends jax, tensorflow and torch. "
+        f"Received: KERAS_BACKEND={BACKEND!r}. Set the environment variable KERAS_BACKEND "
+        "(or the field `backend` of ~/.keras/keras.json) before the first import of keras."
+    )
+
+
+# Compiled programs --------------------------------------------------------------------------
+
+
+class Programs:
+    """Compiled functions of a model, made once each and kept with the model.
+
+    jax and tensorflow compile a program once per set of input shapes; torch runs it eagerly,
+    without gradients.
+
+    Attributes:
+        compilations: list of str, the name of a program for each time it was traced.
+    """
+
+    def __init__(self):
+        self.compilations = []
+        self._programs = {}
+        self._lock = threading.Lock()
+
+    def get(self, model, name, function, variables=(), donate=False):
+        """The compiled form of `function`.
+
+        Args:
+            model: keras.Model, whose variables the function reads.
+            name: hashable. `function` must do the same whenever the name is the same.
+            function: callable, takes nested structures of tensors and returns one. It must
+                not update the variables of the model.
+            variables: list of keras.Variable that the function updates, as the state of a
+                seed generator.
+            donate: bool, whether the memory of the first argument may be reused.
+
+        Returns:
+            callable with the signature of `function`.
+        """
+        with self._lock:
+            if name not in self._programs:
+
+                def traced(*args):
+                    if IS_COMPILED:
+                        self.compilations.append(name)
+                    return function(*args)
+
+                self._programs[name] = _compile(model, traced, list(variables), donate)
+            return self._programs[name]
+
+    def __deepcopy__(self, memo):
+        return Programs()
+
+    def __reduce__(self):
+        return (Programs, ())
+
+
+def _compile(model, function, updated, donate):
+    if BACKEND == "jax":
+
+        def stateless(values, updated_values, *args):
+            read = [*zip(model.variables, values), *zip(updated, updated_values)]
+            with keras.StatelessScope(state_mapping=read) as scope:
+                outputs = function(*args)
+            return outputs, [scope.get_current_value(variable) for variable in updated]
+
+        jitted = jax.jit(stateless, donate_argnums=(2,) if donate else ())
+
+        def run(*args):
+            values = [variable.value for variable in model.variables]
+            outputs, new_values = jitted(values, [v.value for v in updated], *args)
+            for variable, value in zip(updated, new_values):
+                variable.assign(value)
+            return outputs
+
+        return run
+
+    if BACKEND == "tensorflow":
+        compiled = tf.function(function, jit_compile=True, autograph=False)
+        by_signature = {}  # kept here, since tf.function warns of many shapes
+
+        def run(*args):
+            signature = tuple((x.shape, x.dtype) for x in keras.tree.flatten(args))
+            if signature not in by_signature:
+                by_signature[signature] = compiled.get_concrete_function(*args)
+            return by_signature[signature](*args)
+
+        return run
+
+    def run(*args):
+        with torch.inference_mode():
+            return function(*args)
+
+    return run
+
+
+def loop(step, state, max_steps, is_done):
+    """Applies `state = step(state)` up to `max_steps` times, stopping early.
+
+    Args:
+        step: callable, from state to state.
+        state: nested structure of tensors.
+        max_steps: int32 scalar tensor, or int.
+        is_done: callable, from state to bool scalar tensor.
+
+    Returns:
+        The last state.
+    """
+    if BACKEND == "torch":
+        for count in range(int(max_steps)):
+            # On an accelerator each look at the device costs a wait.
+            if (count % 8 == 0 or not _on_accelerator()) and bool(is_done(state)):
+                break
+            state = step(state)
+        return state
+    _, state = ops.while_loop(
+        lambda count, state: ops.logical_and(count < max_steps, ops.logical_not(is_done(state))),
+        lambda count, state: (count + 1, step(state)),
+        (ops.zeros((), "int32"), state),
+    )
+    return state
+
+
+def _on_accelerator():
+    return torch.cuda.is_available()
+
+
+def prefetch(function, batches):
+    """Yields `function(*batch)` for each batch; a thread makes the next one meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        pending = None
+        for batch in batches:
+            ready, pending = pending, thread.submit(function, *batch)
+            if ready is not None:
+                yield ready.result()
+        if pending is not None:
+            yield pending.result()
+
+
+# Arrays -------------------------------------------------------------------------------------
+
+
+def write(buffer, values, index):
+    """Writes `values` into `buffer` at `index` of axis 1, in place where the backend can.
+
+    Args:
+        buffer: tensor (B, S, ...).
+        values: tensor (B, T, ...), cast to the dtype of `buffer`.
+        index: int or int32 scalar tensor.
+
+    Returns:
+        tensor (B, S, ...); `buffer` must not be used again.
+    """
+    values = ops.cast(values, buffer.dtype)
+    if BACKEND == "torch":
+        start, buffer = int(index), buffer.contiguous()  # a repeated row has no memory of its own
+        buffer[:, start : start + values.shape[1]] = values
+        return buffer
+    start = [0, index] + [0] * (len(buffer.shape) - 2)
+    return ops.slice_update(buffer, start, values)
+
+
+def einsum_float32(equation, x, y):
+    """`ops.einsum` with a float32 result; on jax low-precision products accumulate in it.
+
+    Args:
+        equation: str.
+        x, y: float tensors of one dtype.
+
+    Returns:
+        float32 tensor.
+    """
+    if BACKEND == "jax":
+        return jnp.einsum(equation, x, y, preferred_element_type="float32")
+    return ops.cast(ops.einsum(equation, x, y), "float32")
+
+
+def matmul_transposed_float32(x, matrix):
+    """`x @ matrix.T` without rounding the result to the dtype of the operands.
+
+    The vocabulary has 257,152 logits, and bfloat16 tells only 22 values above 20 apart.
+
+    Args:
+        x: float (..., D).
+        matrix: float (V, D), not copied as a whole.
+
+    Returns:
+        float32 (..., V).
+    """
+    if BACKEND == "jax":
+        return jnp.einsum("...d,vd->...v", x, matrix, preferred_element_type="float32")
+    is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
+    if is_float32 or BACKEND == "tensorflow":
+        x, matrix = ops.cast(x, "float32"), ops.cast(matrix, "float32")
+        return ops.matmul(x, ops.transpose(matrix))
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cuda" and not torch.is_grad_enabled():
+        logits = torch.mm(rows, matrix.t(), out_dtype=torch.float32)
+    else:
+        # 2,048 rows at a time stay in the cache of a CPU core.
+        parts = [
+            torch.nn.functional.linear(rows.float(), part.float()) for part in matrix.split(2048)
+        ]
+        logits = torch.cat(parts, dim=-1)
+    return logits.reshape(*x.shape[:-1], -1)
+
+
+def fastest_dtype():
+    """The dtype policy in which a model runs fastest on the default device."""
+    if BACKEND == "torch":
+        # Turing and Volta GPUs have no bfloat16.
+        has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
+        return "bfloat16" if has_bfloat16 else "float16"
+    if BACKEND == "jax":
+        device = jax.devices()[0]
+        if device.platform == "gpu":
+            is_ampere = float(getattr(device, "compute_capability", 8)) >= 8
+            return "bfloat16" if is_ampere else "float16"
+        return "float32" if device.platform == "cpu" else "bfloat16"
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability")
+        return "bfloat16" if capability is None or capability[0] >= 8 else "float16"
+    return "bfloat16" if tf.config.list_physical_devices("TPU") else "float32"
+
+
+def to_numpy(tensors):
+    """NumPy arrays of a nested structure of tensors."""
+    return keras.tree.map_structure(ops.convert_to_numpy, tensors)
+
+
+# Variables without values -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def variables_without_values():
+    """Variables made inside have a shape and a dtype, but neither values nor memory."""
+    pending = list(global_state.get_global_attribute("uninitialized_variables", []))
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+    # Otherwise Keras draws random values at the end of its next stateless scope.
+    global_state.set_global_attribute("uninitialized_variables", pending)
+
+
+def set_value(variable, value):
+    """Gives a variable its value, whether it has one already or not.
+
+    Args:
+        variable: keras.Variable.
+        value: array or tensor of the variable's shape; cast to its dtype.
+    """
+    if variable._value is None:
+        variable._initialize(ops.convert_to_tensor(value, dtype=variable.dtype))
+    else:
+        variable.assign(value)

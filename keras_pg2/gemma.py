@@ -1,0 +1,239 @@
+"""Gemma 1 and 2 decoder. One forward pass serves training, prefill and decoding."""
+
+from keras import activations, layers, ops
+
+from keras_pg2 import _backend
+from keras_pg2.attention import apply_rotary, attention, rotary_angles
+from keras_pg2.linear import Linear, TokenEmbedding, activation_dtype
+
+
+class RMSNorm(layers.Layer):
+    """`x / √(mean(x²) + eps) · (1 + scale)` in float32.
+
+    Args:
+        eps: float.
+
+    Call arguments:
+        x: float (..., D).
+
+    Returns:
+        float (..., D) in `activation_dtype(compute_dtype)`.
+
+    Source: big_vision `models/ppp/gemma.py`, `RMSNorm`.
+    """
+
+    def __init__(self, eps, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.eps = eps
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer="zeros")
+
+    def call(self, x):
+        x = ops.cast(x, "float32")
+        x = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.eps)
+        x = x * (1.0 + ops.cast(self.scale, "float32"))
+        return ops.cast(x, activation_dtype(self.compute_dtype))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class GemmaAttention(layers.Layer):
+    """Grouped-query self-attention with rotary embedding and an optional cache.
+
+    Args:
+        config: GemmaConfig.
+
+    Call arguments:
+        x: float (B, T, D).
+        attention_mask: bool (B, T, S); S is T without a cache, its length with one.
+        rotary: cos and sin of the positions of `x`, see `rotary_angles`.
+        cache: None, or key and value, each float (B, S, K, H).
+        cache_index: int32 scalar, where in the cache the T tokens are written.
+
+    Returns:
+        float (B, T, D), and the written cache or None.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        query_width = config.num_heads * config.head_dim
+        key_width = config.num_kv_heads * config.head_dim
+        options = {"use_bias": False, "dtype": self.dtype_policy}
+        self.query = Linear(query_width, name="query", **options)
+        self.key = Linear(key_width, name="key", **options)
+        self.value = Linear(key_width, name="value", **options)
+        self.output_projection = Linear(config.width, name="output", **options)
+
+    def build(self, input_shape):
+        for layer in (self.query, self.key, self.value):
+            layer.build(input_shape)
+        self.output_projection.build((*input_shape[:-1], self.query.units))
+
+    def call(self, x, attention_mask, rotary, cache=None, cache_index=None):
+        config = self.config
+        length = ops.shape(x)[1]
+        query = ops.reshape(self.query(x), (-1, length, config.num_heads, config.head_dim))
+        key = ops.reshape(self.key(x), (-1, length, config.num_kv_heads, config.head_dim))
+        value = ops.reshape(self.value(x), (-1, length, config.num_kv_heads, config.head_dim))
+        query = apply_rotary(query, *rotary) * config.query_pre_attn_scalar**-0.5
+        key = ops.cast(apply_rotary(key, *rotary), self.compute_dtype)
+        value = ops.cast(value, self.compute_dtype)
+        if cache is not None:
+            key = _backend.write(cache[0], key, cache_index)
+            value = _backend.write(cache[1], value, cache_index)
+            cache = (key, value)
+        output = attention(query, key, value, attention_mask, config.attn_logit_softcap)
+        output = ops.reshape(output, (-1, length, config.num_heads * config.head_dim))
+        return self.output_projection(output), cache
+
+
+class GemmaMLP(layers.Layer):
+    """Gated MLP: `down(gelu(gate(x)) · up(x))`, GELU in its tanh form.
+
+    Args:
+        config: GemmaConfig.
+
+    Call arguments:
+        x: float (B, T, D).
+
+    Returns:
+        float (B, T, D).
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        options = {"use_bias": False, "dtype": self.dtype_policy}
+        self.gate = Linear(config.mlp_dim, name="gate", **options)
+        self.up = Linear(config.mlp_dim, name="up", **options)
+        self.down = Linear(config.width, name="down", **options)
+
+    def build(self, input_shape):
+        self.gate.build(input_shape)
+        self.up.build(input_shape)
+        self.down.build((*input_shape[:-1], self.config.mlp_dim))
+
+    def call(self, x):
+        return self.down(activations.gelu(self.gate(x), approximate=True) * self.up(x))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class GemmaBlock(layers.Layer):
+    """Transformer block. Gemma 2 also normalises what attention and MLP add to the stream.
+
+    Args:
+        config: GemmaConfig.
+
+    Call arguments: those of `GemmaAttention`.
+
+    Returns:
+        float (B, T, D), and the written cache or None.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+
+        def norm(name):
+            return RMSNorm(config.norm_eps, name=name, dtype=self.dtype_policy)
+
+        self.pre_attention_norm = norm("pre_attention_norm")
+        self.attention = GemmaAttention(config, name="attention", dtype=self.dtype_policy)
+        self.pre_mlp_norm = norm("pre_mlp_norm")
+        self.mlp = GemmaMLP(config, name="mlp", dtype=self.dtype_policy)
+        if config.use_post_norms:
+            self.post_attention_norm = norm("post_attention_norm")
+            self.post_mlp_norm = norm("post_mlp_norm")
+
+    def build(self, input_shape):
+        for layer in (self.pre_attention_norm, self.attention, self.pre_mlp_norm, self.mlp):
+            layer.build(input_shape)
+        if self.config.use_post_norms:
+            self.post_attention_norm.build(input_shape)
+            self.post_mlp_norm.build(input_shape)
+
+    def call(self, x, attention_mask, rotary, cache=None, cache_index=None):
+        use_post_norms = self.config.use_post_norms
+        update, cache = self.attention(
+            self.pre_attention_norm(x),
+            attention_mask,
+            rotary,
+            cache=cache,
+            cache_index=cache_index,
+        )
+        x = x + (self.post_attention_norm(update) if use_post_norms else update)
+        update = self.mlp(self.pre_mlp_norm(x))
+        return x + (self.post_mlp_norm(update) if use_post_norms else update), cache
+
+
+class GemmaDecoder(layers.Layer):
+    """Embedded sequence to hidden states, with `embed` before and `logits` after.
+
+    Args:
+        config: GemmaConfig.
+
+    Call arguments:
+        x: float (B, T, D), image tokens and embedded text.
+        positions: int32 (B, T).
+        masks: pair of bool (B, T, S), the mask of the even and of the odd blocks; they differ
+            only with a sliding window.
+        cache: None, or a list of `(key, value)` per block.
+        cache_index: int32 scalar, where in the cache the T tokens are written.
+
+    Returns:
+        float (B, T, D) after the final norm, and the written cache or None.
+
+    Source: big_vision `models/ppp/gemma.py`, `Model`.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        self.embedding = TokenEmbedding(
+            config.vocab_size, config.width, name="embedding", dtype=self.dtype_policy
+        )
+        self.blocks = [
+            GemmaBlock(config, name=f"block_{i}", dtype=self.dtype_policy)
+            for i in range(config.depth)
+        ]
+        self.final_norm = RMSNorm(config.norm_eps, name="final_norm", dtype=self.dtype_policy)
+
+    def build(self, input_shape=None):
+        self.embedding.build()
+        for layer in (*self.blocks, self.final_norm):
+            layer.build((None, None, self.config.width))
+
+    def call(self, x, positions, masks, cache=None, cache_index=None):
+        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+        caches = [None] * len(self.blocks) if cache is None else cache
+        written = []
+        for i, (block, block_cache) in enumerate(zip(self.blocks, caches)):
+            x, block_cache = block(
+                x, masks[i % 2], rotary, cache=block_cache, cache_index=cache_index
+            )
+            written.append(block_cache)
+        return self.final_norm(x), None if cache is None else written
+
+    def embed(self, token_ids):
+        """Token ids int32 (B, T) to embeddings float (B, T, D), scaled by `√D`."""
+        return self.embedding(token_ids)
+
+    def logits(self, hidden):
+        """Hidden states float (..., D) to token logits float32 (..., V), soft-capped."""
+        logits = self.embedding(hidden, reverse=True)
+        softcap = self.config.final_logit_softcap
+        return logits if softcap is None else ops.tanh(logits / softcap) * softcap
+
+    def empty_cache(self, batch_size, length):
+        """Zeros for `length` tokens: a list of `(key, value)` per block."""
+        config = self.config
+        shape = (batch_size, length, config.num_kv_heads, config.head_dim)
+        return [
+            (ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype))
+            for _ in self.blocks
+        ]

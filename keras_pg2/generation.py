@@ -1,0 +1,527 @@
+"""The token loop: prefill once, then decode one token at a time on the device.
+
+The loop's state is a dict of tensors. `_prefill` makes it, `_advance` extends it by up to n tokens
+and stops early when every row is done. `generate` advances by all tokens at once, `stream` by a
+few, so both run the same compiled program.
+"""
+
+import dataclasses
+import math
+import time
+
+import numpy as np
+from keras import ops, tree
+
+from keras_pg2 import _backend
+from keras_pg2.preprocessing import align_right
+from keras_pg2.tokenizer import EOS_ID, PAD_ID
+
+_NEVER = -1e30  # log-probability of what must not be chosen; finite, so that sums stay finite
+_SMALLEST_BUCKET = 32
+_CACHE_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The most likely token at each step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A random token at each step. The filters apply in the order of the arguments.
+
+    The random numbers come from NumPy, one stream per row: a seed gives the same text on
+    every backend and in every batch that has the example in the same row.
+
+    Args:
+        temperature: float, divides the logits; below 1 is closer to greedy.
+        top_k: int or None, only the k most likely tokens are kept.
+        top_p: float or None, only the most likely tokens that together reach the
+            probability `top_p` are kept.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                "`temperature` must be positive; for the most likely token use "
+                f"`sampler='greedy'`. Received: temperature={self.temperature}"
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(
+                f"`top_k` must be a positive integer or None. Received: top_k={self.top_k!r}"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1] or None. Received: top_p={self.top_p}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """Beam search for the answer of the highest log-probability, without length penalty.
+
+    Args:
+        num_beams: int, unfinished answers kept at each step.
+
+    Raises:
+        ValueError: if `num_beams` is no positive integer.
+
+    Source: big_vision `trainers/proj/paligemma/predict_fns.py`, `_beam_sample_output`.
+    """
+
+    num_beams: int = 4
+
+    def __post_init__(self):
+        if not isinstance(self.num_beams, int) or self.num_beams < 1:
+            raise ValueError(
+                f"`num_beams` must be a positive integer. Received: num_beams={self.num_beams!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One generated answer.
+
+    Attributes:
+        text: str, without prompt and control tokens; "" if the model has no preprocessor.
+        token_ids: int32 (n,), up to and including `<eos>` if it was reached.
+        log_probs: float32 (n,), natural logarithm of the probability that the model gave to
+            each token, before temperature and filters; None with a keras_hub sampler.
+    """
+
+    text: str
+    token_ids: np.ndarray
+    log_probs: np.ndarray | None
+
+
+SAMPLERS = {
+    "greedy": Greedy(),
+    "random": Sample(),
+    "top_k": Sample(top_k=40),
+    "top_p": Sample(top_p=0.9),
+    "beam": Beam(),
+}
+
+
+def get_sampler(sampler):
+    """A sampler from its name.
+
+    Args:
+        sampler: one of the names in `SAMPLERS`; `Greedy`, `Sample` or `Beam`; or a
+            `keras_hub.samplers.Sampler`.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(sampler, str) and sampler in SAMPLERS:
+        return SAMPLERS[sampler]
+    if isinstance(sampler, (Greedy, Sample, Beam)) or _is_keras_hub(sampler):
+        return sampler
+    raise ValueError(
+        f"`sampler` must be one of {sorted(SAMPLERS)}, a `Greedy`, `Sample` or `Beam` object, or "
+        f"a `keras_hub.samplers.Sampler`. Received: sampler={sampler!r}"
+    )
+
+
+def _is_keras_hub(sampler):
+    return hasattr(sampler, "get_next_token") and hasattr(sampler, "compute_probabilities")
+
+
+def token_steps(model, inputs, sampler, max_new_tokens, seed, num_steps):
+    """Generates tokens for one batch, some at a time.
+
+    Args:
+        model: PaliGemma2.
+        inputs: dict of "images" float (B, M, I, I, 3), and "token_ids" int (B, T),
+            "padding_mask" and "suffix_mask" bool (B, T), padding first.
+        sampler: see `get_sampler`.
+        max_new_tokens: int.
+        seed: int or None.
+        num_steps: callable without arguments, how many tokens to generate next; its value
+            may change from call to call.
+
+    Yields:
+        token_ids: int32 (B, n), all new tokens so far, `<pad>` after a row's end.
+        log_probs: float32 (B, n), or None with a keras_hub sampler.
+
+    The caller sends a bool (B,) array back, the rows that it declares done.
+    """
+    inputs, cache_length, buffer_length = _pad_to_buckets(model, inputs, max_new_tokens)
+    batch_size = len(inputs["token_ids"])
+    inputs = tree.map_structure(ops.convert_to_tensor, inputs)
+    if _is_keras_hub(sampler):
+        yield _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens), None
+        return
+    uniforms = np.zeros((batch_size, 0), "float32")
+    if isinstance(sampler, Sample):
+        seeds = np.random.SeedSequence(seed).spawn(batch_size)
+        uniforms = np.stack(
+            [np.random.default_rng(row).random(buffer_length, "float32") for row in seeds]
+        )
+    is_beam = isinstance(sampler, Beam)
+    programs = model.programs
+    prefill = programs.get(
+        model,
+        ("prefill", sampler, cache_length, buffer_length),
+        lambda inputs, uniforms: _prefill(
+            model, sampler, inputs, uniforms, cache_length, buffer_length
+        ),
+    )
+    advance = programs.get(
+        model,
+        ("decode", sampler),
+        lambda state, limit: _advance(model, sampler, state, limit),
+        donate=True,
+    )
+    state = prefill(inputs, ops.convert_to_tensor(uniforms))
+    while True:
+        names = ("best_tokens", "best_log_probs") if is_beam else ("tokens", "log_probs")
+        tokens, log_probs, count, done = _backend.to_numpy(
+            [state[name] for name in (*names, "count", "done")]
+        )
+        stopped = yield tokens[:, :count], log_probs[:, :count]
+        if not is_beam:  # beam search may still find a better answer than one that ended
+            done = done | stopped
+        if count >= max_new_tokens or done.all():
+            return
+        limit = min(count + num_steps(), max_new_tokens)
+        state["done"] = ops.convert_to_tensor(done)
+        state = advance(state, ops.convert_to_tensor(np.int32(limit)))
+
+
+def _pad_to_buckets(model, inputs, max_new_tokens):
+    """Rounds lengths up where programs are compiled, so that few are."""
+    num_image_tokens = inputs["images"].shape[1] * model.config.vision.num_tokens
+    length = inputs["token_ids"].shape[1]
+    limit = model.config.text.max_positions
+    if num_image_tokens + length + max_new_tokens > limit:
+        raise ValueError(
+            f"The model reads at most {limit} tokens (`max_positions`). Received: "
+            f"{num_image_tokens} image tokens + {length} tokens of text in the longest of "
+            f"`prompts` + max_new_tokens={max_new_tokens}. Shorten the prompt, or lower "
+            "`max_new_tokens`."
+        )
+    total = length + max_new_tokens
+    if _backend.IS_COMPILED:
+        length = max(_SMALLEST_BUCKET, 2 ** math.ceil(math.log2(length)))
+        total = math.ceil((length + max_new_tokens) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
+    added = ((0, 0), (length - inputs["token_ids"].shape[1], 0))
+    inputs = {
+        name: array if name == "images" else np.pad(array, added) for name, array in inputs.items()
+    }
+    buffer_length = total if _backend.IS_COMPILED else max_new_tokens
+    return inputs, num_image_tokens + total, buffer_length
+
+
+# The loop -----------------------------------------------------------------------------------
+
+
+def _prefill(model, sampler, inputs, uniforms, cache_length, buffer_length):
+    """Runs the prefix and chooses the first token."""
+    logits, _, cache = model.prefill(inputs, cache_length)
+    batch_size = logits.shape[0]
+    rows = (batch_size, buffer_length)
+    state = {
+        "cache": cache,
+        "index": ops.convert_to_tensor(
+            np.int32(inputs["images"].shape[1] * model.config.vision.num_tokens)
+            + np.int32(inputs["token_ids"].shape[1])
+        ),
+        "count": ops.zeros((), "int32"),
+        "done": ops.zeros((batch_size,), "bool"),
+        "tokens": ops.full(rows, PAD_ID, "int32"),
+        "log_probs": ops.zeros(rows, "float32"),
+        "uniforms": uniforms,
+    }
+    if isinstance(sampler, Beam):
+        beams = sampler.num_beams
+        scores = [[0.0] + [_NEVER] * (beams - 1)] * batch_size
+        state |= {
+            "cache": _repeat_cache(cache, beams),
+            "tokens": ops.full((batch_size, beams, buffer_length), PAD_ID, "int32"),
+            "log_probs": ops.zeros((batch_size, beams, buffer_length), "float32"),
+            "scores": ops.convert_to_tensor(scores, "float32"),
+            "best_tokens": state["tokens"],
+            "best_log_probs": state["log_probs"],
+            "best_score": ops.full((batch_size,), 2 * _NEVER, "float32"),
+        }
+        logits = ops.repeat(logits, beams, axis=0)
+    return _choose(sampler, state, logits)
+
+
+def _advance(model, sampler, state, limit):
+    """Decodes until `limit` tokens are there or all rows are done."""
+
+    def step(state):
+        logits, _, cache = model.decode(state["token"], state["cache"], state["index"])
+        return _choose(sampler, state | {"cache": cache, "index": state["index"] + 1}, logits)
+
+    return _backend.loop(step, state, limit - state["count"], lambda state: ops.all(state["done"]))
+
+
+def _choose(sampler, state, logits):
+    """Appends one token to each row, given its logits float32 (B, V)."""
+    log_probs = ops.log_softmax(logits, axis=-1)
+    if isinstance(sampler, Beam):
+        return _choose_beams(sampler, state, log_probs)
+    if isinstance(sampler, Sample):
+        uniform = ops.take(state["uniforms"], state["count"], axis=1)
+        token = _sample(sampler, logits, uniform)
+    else:
+        token = ops.cast(ops.argmax(logits, axis=-1), "int32")
+    done = state["done"]
+    log_prob = ops.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+    token = ops.where(done, PAD_ID, token)
+    return state | {
+        "token": token,
+        "tokens": _backend.write(state["tokens"], token[:, None], state["count"]),
+        "log_probs": _backend.write(
+            state["log_probs"], ops.where(done, 0.0, log_prob)[:, None], state["count"]
+        ),
+        "count": state["count"] + 1,
+        "done": ops.logical_or(done, token == EOS_ID),
+    }
+
+
+def _sample(sampler, logits, uniform):
+    """Token ids int32 (B,) at the quantile `uniform` float32 (B,) of the distribution."""
+    logits = logits / sampler.temperature
+    if sampler.top_k is not None:
+        top_k = min(sampler.top_k, logits.shape[-1])
+        lowest = ops.top_k(logits, top_k)[0][:, -1:]
+        logits = ops.where(logits < lowest, _NEVER, logits)
+    if sampler.top_p is not None:
+        ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
+        cumulative = ops.cumsum(ops.softmax(ordered, axis=-1), axis=-1)
+        num_below = ops.sum(ops.cast(cumulative < sampler.top_p, "int32"), axis=-1, keepdims=True)
+        last = ops.minimum(num_below, logits.shape[-1] - 1)
+        lowest = ops.take_along_axis(ordered, last, axis=-1)
+        logits = ops.where(logits < lowest, _NEVER, logits)
+    cumulative = ops.cumsum(ops.softmax(logits, axis=-1), axis=-1)
+    # Times the total, so that rounding never leads past the last token with a probability.
+    target = uniform[:, None] * cumulative[:, -1:]
+    return ops.cast(ops.argmax(ops.cast(cumulative > target, "int32"), axis=-1), "int32")
+
+
+def _choose_beams(sampler, state, log_probs):
+    """One step of beam search over log-probabilities float32 (B · beams, V)."""
+    beams = sampler.num_beams
+    count, scores = state["count"], state["scores"]
+    batch_size = scores.shape[0]
+    log_probs = ops.reshape(log_probs, (batch_size, beams, -1))
+
+    # Every unfinished answer might end here: keep the best of those and of the finished ones.
+    ended = log_probs[:, :, EOS_ID]
+    ended_scores = scores + ended
+    beam = ops.argmax(ended_scores, axis=-1)[:, None]
+    score = ops.take_along_axis(ended_scores, beam, axis=-1)[:, 0]
+    tokens = _take_beams(state["tokens"], beam)[:, 0]
+    tokens = _backend.write(tokens, ops.full((batch_size, 1), EOS_ID, "int32"), count)
+    history = _take_beams(state["log_probs"], beam)[:, 0]
+    history = _backend.write(history, ops.take_along_axis(ended, beam, axis=-1), count)
+    better = score > state["best_score"]
+    best_score = ops.where(better, score, state["best_score"])
+
+    # Then extend each by its most likely tokens other than `<eos>` and keep the best.
+    top_log_probs, top_tokens = ops.top_k(log_probs, beams + 1)
+    candidates = ops.where(top_tokens == EOS_ID, _NEVER, top_log_probs) + scores[:, :, None]
+    scores, chosen = ops.top_k(ops.reshape(candidates, (batch_size, -1)), beams)
+    chosen = ops.cast(chosen, "int32")
+    parent = chosen // (beams + 1)
+
+    def pick(candidates):
+        candidates = ops.reshape(candidates, (batch_size, -1))
+        return ops.reshape(ops.take_along_axis(candidates, chosen, axis=-1), (-1,))
+
+    token = ops.cast(pick(top_tokens), "int32")
+    rows = ops.reshape(parent + ops.arange(batch_size)[:, None] * beams, (-1,))
+
+    def extend(array, values):
+        array = ops.reshape(_take_beams(array, parent), (batch_size * beams, -1))
+        array = _backend.write(array, values[:, None], count)
+        return ops.reshape(array, (batch_size, beams, -1))
+
+    return state | {
+        "cache": tree.map_structure(lambda array: ops.take(array, rows, axis=0), state["cache"]),
+        "token": token,
+        "tokens": extend(state["tokens"], token),
+        "log_probs": extend(state["log_probs"], pick(top_log_probs)),
+        "scores": scores,
+        "best_tokens": ops.where(better[:, None], tokens, state["best_tokens"]),
+        "best_log_probs": ops.where(better[:, None], history, state["best_log_probs"]),
+        "best_score": best_score,
+        "count": count + 1,
+        # Scores only fall, so an unfinished answer below the best finished one cannot win.
+        "done": ops.logical_or(state["done"], scores[:, 0] < best_score),
+    }
+
+
+def _take_beams(array, beam):
+    return ops.take_along_axis(array, ops.cast(beam, "int32")[:, :, None], axis=1)
+
+
+def _repeat_cache(cache, beams):
+    return tree.map_structure(lambda array: ops.repeat(array, beams, axis=0), cache)
+
+
+def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
+    """Runs the loop of a keras_hub sampler. Returns int32 (B, max_new_tokens)."""
+    num_image_tokens = inputs["images"].shape[1] * model.config.vision.num_tokens
+
+    def function(inputs):
+        batch_size, length = inputs["token_ids"].shape
+        _, hidden, cache = model.prefill(inputs, cache_length)
+        blank = ops.zeros((batch_size, max_new_tokens), "int32")
+
+        def next(prompt, cache, index):
+            # keras_hub feeds the last token of the prefix again; its keys do not change.
+            token = ops.take(prompt, index - 1, axis=1)
+            return model.decode(token, cache, index - 1 + num_image_tokens)
+
+        prompt = sampler(
+            next=next,
+            prompt=ops.concatenate([inputs["token_ids"], blank], axis=1),
+            cache=cache,
+            index=length,
+            # Padding counts as prompt, so that it is never overwritten.
+            mask=ops.concatenate([ops.ones((batch_size, length), "bool"), blank > 0], axis=1),
+            stop_token_ids=(EOS_ID,),
+            hidden_states=ops.pad(hidden, ((0, 0), (0, max_new_tokens), (0, 0))),
+            model=model,
+        )
+        return prompt[:, length:]
+
+    program = model.programs.get(
+        model,
+        ("keras_hub", sampler, cache_length, max_new_tokens),
+        function,
+        variables=sampler.variables,
+    )
+    return _backend.to_numpy(program(inputs))
+
+
+# Text ---------------------------------------------------------------------------------------
+
+
+def generate_batch(model, inputs, sampler, max_new_tokens, stop, seed):
+    """Completes one batch.
+
+    Args:
+        model: PaliGemma2.
+        inputs, sampler, max_new_tokens, seed: see `token_steps`.
+        stop: tuple of str; an answer ends before the first of them.
+
+    Returns:
+        list of Generation.
+    """
+    # Strings are looked for in text, on the host, now and then.
+    steps = token_steps(
+        model, inputs, sampler, max_new_tokens, seed, lambda: 16 if stop else max_new_tokens
+    )
+    token_ids, log_probs = next(steps)
+    while True:
+        answers = [_answer(model, row, stop) for row in token_ids]
+        try:
+            token_ids, log_probs = steps.send(np.array([is_stopped for *_, is_stopped in answers]))
+        except StopIteration:
+            break
+    return [
+        Generation(
+            text=text,
+            token_ids=token_ids[row, :count],
+            log_probs=None if log_probs is None else log_probs[row, :count],
+        )
+        for row, (text, count, _) in enumerate(answers)
+    ]
+
+
+def stream_batch(model, inputs, sampler, max_new_tokens, stop, seed):
+    """Completes one batch piece by piece.
+
+    Args: those of `generate_batch`. Beam search knows no piece before its end.
+
+    Yields:
+        list of str, what became certain in each row since the last piece.
+    """
+    seconds_per_token = 1.0
+    steps = token_steps(
+        # About ten pieces a second, of one token when tokens are slower.
+        *(model, inputs, sampler, max_new_tokens, seed),
+        lambda: max_new_tokens if isinstance(sampler, Beam) else math.ceil(0.1 / seconds_per_token),
+    )
+    token_ids, _ = next(steps)
+    shown = [0] * len(token_ids)
+    is_last = False
+    while not is_last:
+        answers = [_answer(model, row, stop) for row in token_ids]
+        known, start = token_ids.shape[1], time.perf_counter()
+        try:
+            token_ids, _ = steps.send(np.array([is_stopped for *_, is_stopped in answers]))
+            seconds_per_token = (time.perf_counter() - start) / max(1, token_ids.shape[1] - known)
+        except StopIteration:
+            is_last = True
+        if not isinstance(sampler, Beam) or is_last:
+            certain = [
+                text if is_stopped or is_last else text[: _certain_length(text, stop)]
+                for text, _, is_stopped in answers
+            ]
+            yield [text[length:] for text, length in zip(certain, shown)]
+            shown = [max(length, len(text)) for text, length in zip(certain, shown)]
+
+
+def _answer(model, token_ids, stop):
+    """Text, number of tokens, and whether the row ended, by `<eos>` or by a stop string."""
+    ends = np.flatnonzero(token_ids == EOS_ID)
+    count = int(ends[0]) + 1 if len(ends) else len(token_ids)
+    if model.preprocessor is None:
+        return "", count, bool(len(ends))
+    decode = model.preprocessor.tokenizer.decode
+    text = decode(token_ids[:count])
+    positions = [position for position in map(text.find, stop) if position >= 0]
+    if not positions:
+        return text, count, bool(len(ends))
+    while count > 1 and any(string in decode(token_ids[: count - 1]) for string in stop):
+        count -= 1
+    return text[: min(positions)], count, True
+
+
+def _certain_length(text, stop):
+    """Length of the text that later tokens cannot change or cut off."""
+    length = len(text.rstrip("\ufffd"))  # the first bytes of a character
+    for string in stop:
+        for size in range(1, len(string)):
+            if text.endswith(string[:size]):
+                length = min(length, len(text) - size)
+    return length
+
+
+def align_inputs(inputs):
+    """Tokenized inputs of a user to the layout of `token_steps`.
+
+    Args:
+        inputs: dict of "images" float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1], "token_ids" int
+            (B, T), and optionally "padding_mask" and "suffix_mask" bool (B, T); padding may
+            be anywhere.
+
+    Returns:
+        dict of NumPy arrays, padding first.
+    """
+    inputs = {name: np.asarray(ops.convert_to_numpy(array)) for name, array in inputs.items()}
+    token_ids = inputs["token_ids"]
+    padding_mask = inputs.get("padding_mask", np.ones_like(token_ids)).astype(bool)
+    suffix_mask = inputs.get("suffix_mask", np.zeros_like(token_ids)).astype(bool)
+    images = inputs["images"]
+    return {
+        "images": images[:, None] if images.ndim == 4 else images,
+        **align_right(
+            [
+                (ids[real], suffix[real])
+                for ids, real, suffix in zip(token_ids, padding_mask, suffix_mask, strict=True)
+            ]
+        ),
+    }

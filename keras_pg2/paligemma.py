@@ -1,0 +1,423 @@
+"""The model: vision tower, projector and decoder joined, and what users call."""
+
+import json
+import os
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_pg2 import _backend, generation
+from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, token_positions
+from keras_pg2.checkpoints import io, presets
+from keras_pg2.config import PaliGemmaConfig
+from keras_pg2.gemma import GemmaDecoder
+from keras_pg2.linear import Linear, activation_dtype
+from keras_pg2.preprocessing import Preprocessor, batch_examples
+from keras_pg2.siglip import SiglipTower
+from keras_pg2.tokenizer import Tokenizer
+
+_TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask")
+
+
+@keras.saving.register_keras_serializable("keras_pg2")
+class PaliGemma2(keras.Model):
+    """PaliGemma 1 and 2: pictures and text in, text out.
+
+    Args:
+        config: PaliGemmaConfig.
+        preprocessor: Preprocessor or None. Without one the model reads token ids alone.
+        dtype: dtype policy or its name: "float32", "bfloat16", "float16", "mixed_bfloat16"
+            or "mixed_float16". Defaults to `keras.config.dtype_policy()`.
+        name: str.
+
+    Call arguments:
+        inputs: dict of
+            - "images": float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1];
+            - "token_ids": int32 (B, T), `<bos> prefix "\\n" suffix <eos>`, padding anywhere;
+            - "padding_mask": bool (B, T), True on real tokens; all, if missing;
+            - "suffix_mask": bool (B, T), True on suffix tokens; none, if missing.
+
+    Returns:
+        float32 (B, T, V), logits at the text positions: position t predicts token t + 1.
+
+    Raises:
+        ValueError: if an input is missing or has another rank or size.
+
+    Example:
+        >>> config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b")
+        >>> model = keras_pg2.PaliGemma2(config, dtype="bfloat16")  # random weights
+        >>> model.count_params()
+        3032094960
+
+    Source: big_vision `models/proj/paligemma/paligemma.py`; papers arXiv 2407.07726, 2412.03555.
+    """
+
+    def __init__(self, config, preprocessor=None, dtype=None, name="paligemma2", **kwargs):
+        super().__init__(dtype=dtype, name=name, **kwargs)
+        if preprocessor is not None and preprocessor.image_size != config.vision.image_size:
+            raise ValueError(
+                "`preprocessor` and `config` must have the same image size. Received: "
+                f"{preprocessor.image_size} and {config.vision.image_size}"
+            )
+        self.autocast = False  # each layer casts where it is safe in float16
+        self.config = config
+        self.preprocessor = preprocessor
+        self.programs = _backend.Programs()
+        self.vision = SiglipTower(config.vision, name="vision", dtype=self.dtype_policy)
+        self.projector = Linear(config.text.width, name="projector", dtype=self.dtype_policy)
+        self.text = GemmaDecoder(config.text, name="text", dtype=self.dtype_policy)
+        self.build()
+
+    @classmethod
+    def from_preset(cls, preset, *, dtype="auto", tokenizer=None, **config_changes):
+        """A model with the weights of a checkpoint, recognised by its content.
+
+        Args:
+            preset: path of a Hugging Face folder (safetensors), a keras_hub preset folder or
+                a big_vision `.npz`.
+            dtype: dtype policy or its name; weights are cast while they are read. "auto" is
+                bfloat16 on accelerators and with torch, and float32 with JAX and TensorFlow
+                on a CPU, where their bfloat16 products are over ten times slower.
+            tokenizer: Tokenizer, path of a `tokenizer.model`, or None for the checkpoint's own.
+            **config_changes: config fields to change, such as `final_logit_softcap=None`.
+
+        Returns:
+            PaliGemma2. Its `preprocessor` is None if no tokenizer was found.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if it is damaged, of another model, or does not fit its config.
+
+        Example:
+            >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-3b-mix-224/")
+        """
+        checkpoint = presets.find_checkpoint(preset)
+        config = checkpoint.config.replace(**config_changes)
+        tokenizer = tokenizer or checkpoint.tokenizer
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = Tokenizer.from_file(tokenizer)
+        preprocessor = tokenizer and Preprocessor(tokenizer, config.vision.image_size)
+        dtype = _backend.fastest_dtype() if dtype == "auto" else dtype
+        with _backend.variables_without_values():
+            model = cls(config, preprocessor, dtype=dtype)
+        with checkpoint.open() as tensors:
+            io.load_variables(model, tensors, checkpoint.format, config)
+        return model
+
+    def variables_by_path(self):
+        """dict of path without the model's name, as "text/block_3/mlp/up/kernel", to variable."""
+        return {v.path.removeprefix(f"{self.name}/"): v for v in self.variables}
+
+    def build(self, input_shape=None):
+        self.vision.build()
+        self.projector.build((None, None, self.config.vision.width))
+        self.text.build()
+        self.built = True
+
+    # One forward pass: training, prefill and decode differ in mask, positions and cache.
+
+    def call(self, inputs, training=None):
+        x, sequence = self._embed(inputs)
+        hidden, _ = self.text(x, sequence["positions"], self._masks(sequence, sequence))
+        return self.text.logits(hidden[:, -inputs["token_ids"].shape[1] :])
+
+    def encode_images(self, images):
+        """Pictures to tokens in the decoder's space.
+
+        Args:
+            images: float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1].
+
+        Returns:
+            float (B, M · P, D), picture by picture.
+        """
+        size, num_tokens = self.config.vision.image_size, self.config.vision.num_tokens
+        num_images = images.shape[1] if len(images.shape) == 5 else 1
+        tokens = self.vision(ops.reshape(images, (-1, size, size, 3)))
+        tokens = self.projector(tokens)
+        tokens = ops.cast(tokens, activation_dtype(self.compute_dtype))
+        return ops.reshape(tokens, (-1, num_images * num_tokens, self.config.text.width))
+
+    def prefill(self, inputs, cache_length):
+        """Reads image, prefix and the beginning of a suffix, and fills a cache with them.
+
+        Args:
+            inputs: as in `call`; padding comes first, so that all rows end together.
+            cache_length: int, S, at least the number of image and text tokens.
+
+        Returns:
+            logits: float32 (B, V), of the token after the last one.
+            hidden: float (B, T, D), after the final norm, at the text positions.
+            cache: dict of "layers", a list of `(key, value)` per block, each (B, S, K, H), and
+                "blocks" int32, "positions" int32 and "valid" bool of the S tokens, each (B, S).
+        """
+        x, sequence = self._embed(inputs)
+        length = x.shape[1]
+        # The tokens to come are real, and each is a block of its own.
+        added = ops.ones((x.shape[0], cache_length - length), "int32")
+        offsets = ops.cumsum(added, axis=-1)
+        last = {name: sequence[name][:, -1:] for name in ("blocks", "positions")}
+        cached = {
+            "blocks": ops.concatenate([sequence["blocks"], last["blocks"] + offsets], axis=1),
+            "positions": ops.concatenate(
+                [sequence["positions"], last["positions"] + offsets], axis=1
+            ),
+            "valid": ops.concatenate([sequence["valid"], ops.cast(added, "bool")], axis=1),
+        }
+        hidden, layers = self.text(
+            x,
+            sequence["positions"],
+            self._masks(sequence, cached),
+            cache=self.text.empty_cache(x.shape[0], cache_length),
+            cache_index=0,
+        )
+        hidden = hidden[:, -inputs["token_ids"].shape[1] :]
+        return self.text.logits(hidden[:, -1]), hidden, {"layers": layers, **cached}
+
+    def decode(self, token_ids, cache, index):
+        """Reads one more token of each row.
+
+        Args:
+            token_ids: int32 (B,).
+            cache: as `prefill` returns it. Must not be used again.
+            index: int32 scalar, place of the token among the S of the cache.
+
+        Returns:
+            logits: float32 (B, V), of the next token.
+            hidden: float (B, D), after the final norm.
+            cache: with the token written into it.
+        """
+        query = {
+            name: ops.expand_dims(ops.take(cache[name], index, axis=1), 1)
+            for name in ("blocks", "positions")
+        }
+        hidden, layers = self.text(
+            self.text.embed(token_ids[:, None]),
+            query["positions"],
+            self._masks(query, cache),
+            cache=cache["layers"],
+            cache_index=index,
+        )
+        return self.text.logits(hidden[:, 0]), hidden[:, 0], {**cache, "layers": layers}
+
+    def _embed(self, inputs):
+        """Image and text tokens float (B, M · P + T, D), and their blocks, positions, validity."""
+        self._check(inputs)
+        token_ids = inputs["token_ids"]
+        real = inputs.get("padding_mask")
+        real = ops.ones_like(token_ids, "bool") if real is None else ops.cast(real, "bool")
+        suffix = inputs.get("suffix_mask")
+        suffix = ops.zeros_like(token_ids, "bool") if suffix is None else ops.cast(suffix, "bool")
+        images = self.encode_images(inputs["images"])
+        in_image = ops.ones_like(images[:, :, 0], "bool")
+        valid = ops.concatenate([in_image, real], axis=1)
+        suffix = ops.concatenate([ops.logical_not(in_image), suffix], axis=1)
+        x = ops.concatenate([images, self.text.embed(token_ids)], axis=1)
+        return x, {
+            "blocks": block_ids(suffix),
+            "positions": token_positions(valid),
+            "valid": valid,
+        }
+
+    def _masks(self, query, key):
+        """Masks of the even and of the odd blocks, see `GemmaDecoder`."""
+        mask = attention_mask(query["blocks"], key["blocks"], key["valid"])
+        window = self.config.text.sliding_window
+        if window is None:
+            return mask, mask
+        narrow = sliding_window_mask(
+            mask, query["blocks"], query["positions"], key["positions"], window
+        )
+        return narrow, mask
+
+    def _check(self, inputs):
+        missing = {"images", "token_ids"} - set(inputs)
+        unknown = set(inputs) - {"images", *_TEXT_INPUTS}
+        if missing or unknown:
+            raise ValueError(
+                f"The model reads a dict with 'images' and {list(_TEXT_INPUTS)}. "
+                f"Missing: {sorted(missing)}. Unknown: {sorted(unknown)}"
+            )
+        size = self.config.vision.image_size
+        shape = tuple(inputs["images"].shape)
+        if len(shape) not in (4, 5) or shape[-3:] != (size, size, 3):
+            raise ValueError(
+                f"`images` must be (B, M, {size}, {size}, 3) or (B, {size}, {size}, 3) in "
+                f"[-1, 1]. Received: images of shape {shape}. `preprocessor.load_images` makes "
+                "such arrays from pictures of any size."
+            )
+        for name in _TEXT_INPUTS:
+            if name in inputs and len(inputs[name].shape) != 2:
+                raise ValueError(
+                    f"`{name}` must be (B, T). Received: shape {tuple(inputs[name].shape)}"
+                )
+
+    # Text generation
+
+    def generate(
+        self,
+        images,
+        prompts=None,
+        responses=None,
+        *,
+        max_new_tokens=64,
+        sampler="greedy",
+        seed=None,
+        stop=(),
+        batch_size=16,
+        details=False,
+    ):
+        """Completes prompts about pictures.
+
+        Args:
+            images: an image (a path, a PIL image, or an array of uint8 in [0, 255] or float
+                in [0, 1]), a list of images, or a list of lists for several images per
+                prompt. Or a dict with "images", "prompts" and "responses"; or one with
+                "images" in [-1, 1], "token_ids", "padding_mask" and "suffix_mask", see `call`.
+            prompts: str, or list of str. One prompt goes with all images, one image with all
+                prompts.
+            responses: None, str, or list of str, the beginnings of the answers.
+            max_new_tokens: int, most tokens to generate.
+            sampler: "greedy", "random", "top_k", "top_p" or "beam"; a `Greedy`, `Sample` or
+                `Beam` object; or a `keras_hub.samplers.Sampler`.
+            seed: int or None, for `Sample`: the same seed gives the same text.
+            stop: str or tuple of str; an answer ends before the first of them.
+            batch_size: int, examples in one batch. The next batch is read meanwhile.
+            details: bool, whether to return `Generation` objects instead of texts.
+
+        Returns:
+            The answer alone, without prompt and `responses`: str for one image and one
+            prompt, else list of str. `Generation` objects if `details`, or if token ids came in.
+
+        Raises:
+            ValueError: if an argument is out of range, or numbers of images and prompts differ.
+
+        Example:
+            >>> model.generate("cat.jpg", "caption en")
+            'a cat lying on a sofa'
+            >>> model.generate(["1.jpg", "2.jpg"], "answer en how many people?")
+            ['2', '0']
+            >>> model.generate("cat.jpg", "describe en", sampler=keras_pg2.Sample(0.7), seed=1)
+        """
+        sampler, stop = self._check_options(max_new_tokens, sampler, stop, batch_size)
+        options = (sampler, max_new_tokens, stop)
+        examples = _as_examples(images, prompts, responses)
+        if isinstance(examples, dict):
+            self._check(examples)
+            inputs = generation.align_inputs(examples)
+            return generation.generate_batch(self, inputs, *options, seed)
+        results = []
+        *columns, is_single = examples
+        batches = [
+            [column[start : start + batch_size] for column in columns]
+            for start in range(0, len(columns[0]), batch_size)
+        ]
+        preprocessor = self._require_preprocessor()
+        for number, inputs in enumerate(_backend.prefetch(preprocessor.for_generation, batches)):
+            batch_seed = seed if seed is None or number == 0 else [seed, number]
+            results += generation.generate_batch(self, inputs, *options, batch_seed)
+        results = results if details else [result.text for result in results]
+        return results[0] if is_single else results
+
+    def stream(
+        self,
+        images,
+        prompts=None,
+        responses=None,
+        *,
+        max_new_tokens=64,
+        sampler="greedy",
+        seed=None,
+        stop=(),
+    ):
+        """Like `generate`, piece by piece.
+
+        Args: those of `generate`; all examples form one batch.
+
+        Yields:
+            str for one image and one prompt, else list of str: what was added to each answer.
+
+        Example:
+            >>> for piece in model.stream("cat.jpg", "describe en"):
+            ...     print(piece, end="", flush=True)
+        """
+        sampler, stop = self._check_options(max_new_tokens, sampler, stop, 1)
+        examples = _as_examples(images, prompts, responses)
+        preprocessor = self._require_preprocessor()
+        if isinstance(examples, dict):
+            inputs, is_single = generation.align_inputs(examples), False
+        else:
+            *columns, is_single = examples
+            inputs = preprocessor.for_generation(*columns)
+        pieces = generation.stream_batch(self, inputs, sampler, max_new_tokens, stop, seed)
+        for piece in pieces:
+            yield piece[0] if is_single else piece
+
+    def _check_options(self, max_new_tokens, sampler, stop, batch_size):
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(string, str) and string for string in stop):
+            raise ValueError(f"`stop` must be one or more non-empty strings. Received: {stop!r}")
+        if stop:
+            self._require_preprocessor()
+        return generation.get_sampler(sampler), stop
+
+    def _require_preprocessor(self):
+        if self.preprocessor is None:
+            raise ValueError(
+                "The model has no preprocessor, so it reads token ids alone. Set "
+                "`model.preprocessor = keras_pg2.Preprocessor(tokenizer, image_size)`, or pass a "
+                "dict with 'images', 'token_ids' and 'padding_mask'."
+            )
+        return self.preprocessor
+
+    # Saving, as Keras asks for it
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "config": self.config.to_dict(),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        return cls(PaliGemmaConfig.from_dict(config.pop("config")), **config)
+
+    def save_assets(self, folder):
+        if self.preprocessor is None:
+            return
+        with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
+            file.write(self.preprocessor.tokenizer.model)
+        with open(os.path.join(folder, "preprocessor.json"), "w") as file:
+            json.dump(self.preprocessor.get_config(), file, indent=2)
+
+    def load_assets(self, folder):
+        if not os.path.exists(os.path.join(folder, "preprocessor.json")):
+            return
+        with open(os.path.join(folder, "preprocessor.json")) as file:
+            options = json.load(file)
+        tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.model"))
+        self.preprocessor = Preprocessor(tokenizer, **options)
+
+
+def _as_examples(images, prompts, responses):
+    """A dict of token ids and images, or what `batch_examples` returns."""
+    if isinstance(images, dict):
+        if prompts is not None or responses is not None:
+            raise ValueError("Pass either a dict, or images and prompts, not both.")
+        if "token_ids" in images:
+            return images
+        unknown = set(images) - {"images", "prompts", "responses"}
+        if unknown or not {"images", "prompts"} <= set(images):
+            raise ValueError(
+                "A dict must have 'images' and 'prompts' (and 'responses'), or 'images' and "
+                f"'token_ids'. Received: {sorted(images)}"
+            )
+        return batch_examples(images["images"], images["prompts"], images.get("responses"))
+    if prompts is None:
+        raise ValueError("`prompts` is missing, as in `generate(image, 'caption en')`.")
+    return batch_examples(images, prompts, responses)

@@ -1,0 +1,335 @@
+"""Pictures, prompts and answers to the arrays that the model reads. NumPy and Pillow only."""
+
+import concurrent.futures
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from keras_pg2.tokenizer import BOS_ID, EOS_ID, PAD_ID
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_IMAGE_TYPES = "a path, a PIL image, or an array: uint8 in [0, 255] or float in [0, 1]"
+
+
+class Preprocessor:
+    """Pictures and texts to model inputs, as PaliGemma was trained.
+
+    A picture is squashed to a square, whatever its aspect ratio. A text becomes
+    `<bos> prefix "\\n" suffix <eos>`; the newline is a token of its own, added once even
+    if the prompt already ends in one.
+
+    Args:
+        tokenizer: Tokenizer.
+        image_size: int, I, side of the square in pixels.
+        sequence_length: int, T, tokens of text in a training example. Defaults to the
+            pretraining lengths: 128 up to 224 px, 512 above.
+        interpolation: "bilinear" (antialiased, truncated to whole levels: what the models
+            were trained with) or "bicubic" (equal to transformers' processor).
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source: big_vision `pp/ops_image.py` `get_resize`, `configs/proj/paligemma/transfers/common.py`.
+    """
+
+    def __init__(self, tokenizer, image_size, sequence_length=None, interpolation="bilinear"):
+        if interpolation not in _RESAMPLING:
+            raise ValueError(
+                f"`interpolation` must be one of {sorted(_RESAMPLING)}. "
+                f"Received: interpolation={interpolation!r}"
+            )
+        if sequence_length is None:
+            sequence_length = 128 if image_size <= 224 else 512
+        if not isinstance(sequence_length, int) or sequence_length < 2:
+            raise ValueError(
+                "`sequence_length` must be an integer of at least 2. "
+                f"Received: sequence_length={sequence_length!r}"
+            )
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.sequence_length = sequence_length
+        self.interpolation = interpolation
+        self._threads = None
+
+    def get_config(self):
+        """The arguments but the tokenizer."""
+        return {
+            "image_size": self.image_size,
+            "sequence_length": self.sequence_length,
+            "interpolation": self.interpolation,
+        }
+
+    def __deepcopy__(self, memo):
+        return Preprocessor(self.tokenizer, **self.get_config())
+
+    # Pictures
+
+    def load_image(self, image):
+        """One picture to float32 (I, I, 3) in [-1, 1].
+
+        Args:
+            image: a path; a PIL image of any mode (EXIF orientation is applied, alpha
+                dropped); or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 in
+                [0, 255] or float in [0, 1].
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the picture cannot be read, has no pixels, or is an array of
+                another rank, dtype or range.
+        """
+        size = (self.image_size, self.image_size)
+        resampling = _RESAMPLING[self.interpolation]
+        if self.interpolation == "bicubic":
+            levels = np.clip(np.round(_levels(image)), 0, 255).astype("uint8")
+            return (
+                np.asarray(Image.fromarray(levels).resize(size, resampling), "float32") / 127.5 - 1
+            )
+        channels = [
+            Image.fromarray(channel).resize(size, resampling)
+            for channel in np.moveaxis(_levels(image), -1, 0)
+        ]
+        # big_vision casts back to uint8, which truncates; the tolerance absorbs rounding.
+        levels = np.floor(np.stack(channels, axis=-1) + 1e-3)
+        return np.clip(levels, 0, 255).astype("float32") / 127.5 - 1
+
+    def load_images(self, examples):
+        """Pictures of several examples, read in parallel threads.
+
+        Args:
+            examples: list of lists of images, M for each example.
+
+        Returns:
+            float32 (B, M, I, I, 3) in [-1, 1].
+
+        Raises:
+            ValueError: if the examples have different numbers of images, or none.
+        """
+        counts = {len(images) for images in examples}
+        if len(counts) != 1 or 0 in counts:
+            raise ValueError(
+                "`images` must hold the same number of images, at least one, for each "
+                f"example. Received: {[len(images) for images in examples]} images"
+            )
+        if self._threads is None:
+            self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
+        flat = list(
+            self._threads.map(self.load_image, [image for images in examples for image in images])
+        )
+        return np.stack(flat).reshape(len(examples), counts.pop(), *flat[0].shape)
+
+    # Texts
+
+    def tokenize(self, prompt, response="", end=False):
+        """One text to token ids.
+
+        Args:
+            prompt: str, the prefix.
+            response: str, the suffix or its beginning.
+            end: bool, whether `<eos>` follows.
+
+        Returns:
+            token_ids: list of int.
+            suffix_mask: list of bool, True on the response and `<eos>`.
+        """
+        for name, text in (("prompts", prompt), ("responses", response)):
+            if not isinstance(text, str):
+                raise ValueError(f"`{name}` must be strings. Received: {text!r}")
+        encode = self.tokenizer.encode
+        prefix = [BOS_ID, *encode(prompt.removesuffix("\n")), *encode("\n")]
+        suffix = [*encode(response), *([EOS_ID] if end else [])]
+        return prefix + suffix, [False] * len(prefix) + [True] * len(suffix)
+
+    # Batches
+
+    def for_generation(self, images, prompts, responses=None):
+        """A batch to complete. Rows of text end together, padding comes first.
+
+        Args:
+            images: list of lists of images, see `load_image`.
+            prompts: list of str.
+            responses: None, or list of str, the beginnings of the answers.
+
+        Returns:
+            dict of "images" float32 (B, M, I, I, 3), "token_ids" int32 (B, T),
+            "padding_mask" bool (B, T) and "suffix_mask" bool (B, T).
+        """
+        texts = [
+            self.tokenize(prompt, response)
+            for prompt, response in zip(prompts, responses or [""] * len(prompts), strict=True)
+        ]
+        return {"images": self.load_images(images), **align_right(texts)}
+
+    def for_training(self, images, prompts, responses):
+        """A batch to learn, padded on the right to `sequence_length`.
+
+        Longer texts are cut at the end, so that they lose their `<eos>`, as in big_vision.
+
+        Args:
+            images: list of lists of images, see `load_image`.
+            prompts: list of str.
+            responses: list of str.
+
+        Returns:
+            x: dict as in `for_generation`, T = `sequence_length`.
+            y: int32 (B, T), the next token of each position.
+            sample_weight: float32 (B, T), 1 / n where the next token is one of the n suffix
+                tokens, else 0. With `reduction="mean_with_sample_weight"` the loss is the
+                mean over examples of the mean over their suffix tokens, as in big_vision.
+        """
+        length = self.sequence_length
+        shape = (len(prompts), length)
+        token_ids = np.full(shape, PAD_ID, "int32")
+        padding_mask, suffix_mask = np.zeros(shape, bool), np.zeros(shape, bool)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            ids, suffix = self.tokenize(prompt, response, end=True)
+            count = min(len(ids), length)
+            token_ids[row, :count] = ids[:count]
+            padding_mask[row, :count] = True
+            suffix_mask[row, :count] = suffix[:count]
+        x = {
+            "images": self.load_images(images),
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "suffix_mask": suffix_mask,
+        }
+        y = np.roll(token_ids, -1, axis=1)
+        y[:, -1] = PAD_ID
+        weight = np.roll(suffix_mask, -1, axis=1).astype("float32")
+        weight[:, -1] = 0
+        return x, y, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
+
+
+def align_right(texts, length=0):
+    """Ragged texts to arrays, padding first, so that all rows end in the last column.
+
+    Args:
+        texts: list of `(token_ids, suffix_mask)`, each a sequence of one length.
+        length: int, least number of columns.
+
+    Returns:
+        dict of "token_ids" int32, "padding_mask" and "suffix_mask" bool, each (B, T).
+    """
+    length = max(length, *(len(ids) for ids, _ in texts))
+    shape = (len(texts), length)
+    token_ids = np.full(shape, PAD_ID, "int32")
+    padding_mask, suffix_mask = np.zeros(shape, bool), np.zeros(shape, bool)
+    for row, (ids, suffix) in enumerate(texts):
+        start = length - len(ids)
+        token_ids[row, start:] = ids
+        padding_mask[row, start:] = True
+        suffix_mask[row, start:] = suffix
+    return {"token_ids": token_ids, "padding_mask": padding_mask, "suffix_mask": suffix_mask}
+
+
+def batch_examples(images, prompts, responses=None):
+    """What users pass, single or batched, as lists of equal length.
+
+    Args:
+        images: an image, see `Preprocessor.load_image`; a list of images, one for each
+            example; a list of lists, several for each example; or an array (B, H, W, 3) or
+            (B, M, H, W, 3). A single image goes with every prompt.
+        prompts: str, or list of str. A single prompt goes with every image.
+        responses: None, str, or list of str.
+
+    Returns:
+        images: list of lists of images.
+        prompts: list of str.
+        responses: list of str.
+        is_single: bool, whether the user passed one image and one prompt.
+
+    Raises:
+        ValueError: if the numbers of images, prompts and responses differ, or are 0.
+    """
+    if _is_array(images) and np.ndim(images) in (4, 5):
+        images = [list(item) if np.ndim(item) == 4 else item for item in np.asarray(images)]
+    one_image = not isinstance(images, (list, tuple))
+    one_prompt = isinstance(prompts, str)
+    images = [images] if one_image else list(images)
+    images = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
+    prompts = [prompts] if one_prompt else list(prompts)
+    one_response = responses is None or isinstance(responses, str)
+    responses = [responses or ""] if one_response else list(responses)
+    count = len(prompts) if one_image else len(images)
+    images = images * count if one_image else images
+    prompts = prompts * count if one_prompt else prompts
+    responses = responses * count if one_response else responses
+    if not count or not len(images) == len(prompts) == len(responses):
+        raise ValueError(
+            "`images`, `prompts` and `responses` must be as many, at least one; a single one "
+            f"goes with all. Received: {len(images)} images, {len(prompts)} prompts, "
+            f"{len(responses)} responses"
+        )
+    return images, prompts, responses, one_image and one_prompt and one_response
+
+
+def _is_array(image):
+    return hasattr(image, "__array__") and not isinstance(image, Image.Image)
+
+
+def _levels(image):
+    """One picture to float32 (H, W, 3) in [0, 255]."""
+    if isinstance(image, (str, os.PathLike)):
+        return _open(image)
+    if isinstance(image, Image.Image):
+        return _pil_levels(image, "the PIL image")
+    if not _is_array(image):
+        raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r}")
+    if hasattr(image, "detach"):
+        image = image.detach().cpu()
+    image = np.asarray(image)
+    received = f"Received: an array of shape {image.shape} and dtype {image.dtype}"
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            "An array in `images` must be (height, width) or (height, width, channels) with "
+            f"1, 3 or 4 channels. {received}"
+        )
+    if 0 in image.shape:
+        raise ValueError(f"An image must have at least one pixel. {received}")
+    if image.dtype == np.uint8:
+        levels = image.astype("float32")
+    elif np.issubdtype(image.dtype, np.floating):
+        if not np.isfinite(image).all():
+            raise ValueError(f"`images` must not contain NaN or infinity. {received}")
+        if image.min() < 0 or image.max() > 1:
+            raise ValueError(
+                "A float array in `images` must be in [0, 1]; for levels in [0, 255] pass "
+                f"`.astype('uint8')`. {received} with values in [{image.min()}, {image.max()}]"
+            )
+        levels = image.astype("float32") * 255
+    else:
+        raise ValueError(f"`images` must be {_IMAGE_TYPES}. {received}")
+    return np.repeat(levels, 3, axis=-1) if image.shape[-1] == 1 else levels[..., :3]
+
+
+def _open(path):
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"No such image file: {path!r}")
+    try:
+        with Image.open(path) as image:
+            return _pil_levels(image, repr(path))
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"The file {path!r} is no image that Pillow can read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"The image {path!r} is too large to be safe: {error} Make it smaller first, or, "
+            "if you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+        ) from error
+
+
+def _pil_levels(image, name):
+    if 0 in image.size:
+        raise ValueError(f"An image must have at least one pixel. Received: {name}, {image.size}")
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey
+            image = Image.fromarray(np.asarray(image).astype("float32") / 257)
+        return np.asarray(image.convert("RGB"), "float32")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"The image {name} is damaged or of an unknown kind: {error}. Can another program "
+            "open it? Save it again as PNG or JPEG."
+        ) from error

@@ -1,0 +1,170 @@
+"""SigLIP vision tower: a pre-norm transformer over the patches of an image."""
+
+from keras import activations, layers, ops
+
+from keras_pg2.attention import attention
+from keras_pg2.linear import Linear, activation_dtype
+
+
+class SiglipAttention(layers.Layer):
+    """Bidirectional multi-head attention with biases.
+
+    Args:
+        config: SiglipConfig.
+
+    Call arguments:
+        x: float (B, P, D).
+
+    Returns:
+        float (B, P, D).
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        self.query = Linear(config.width, name="query", dtype=self.dtype_policy)
+        self.key = Linear(config.width, name="key", dtype=self.dtype_policy)
+        self.value = Linear(config.width, name="value", dtype=self.dtype_policy)
+        self.output_projection = Linear(config.width, name="output", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        for layer in (self.query, self.key, self.value, self.output_projection):
+            layer.build(input_shape)
+
+    def call(self, x):
+        config = self.config
+        heads = (-1, ops.shape(x)[1], config.num_heads, config.head_dim)
+        query = ops.reshape(self.query(x), heads) * config.head_dim**-0.5
+        key = ops.cast(ops.reshape(self.key(x), heads), self.compute_dtype)
+        value = ops.cast(ops.reshape(self.value(x), heads), self.compute_dtype)
+        output = attention(query, key, value)  # (B, P, N, H)
+        return self.output_projection(ops.reshape(output, (-1, ops.shape(x)[1], config.width)))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class SiglipMLP(layers.Layer):
+    """Two linear maps with a GELU (tanh form) between them.
+
+    Args:
+        config: SiglipConfig.
+
+    Call arguments:
+        x: float (B, P, D).
+
+    Returns:
+        float (B, P, D).
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        self.up = Linear(config.mlp_dim, name="up", dtype=self.dtype_policy)
+        self.down = Linear(config.width, name="down", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        self.up.build(input_shape)
+        self.down.build((*input_shape[:-1], self.config.mlp_dim))
+
+    def call(self, x):
+        return self.down(activations.gelu(self.up(x), approximate=True))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class SiglipBlock(layers.Layer):
+    """Transformer block: attention and MLP, each after a layer norm, each added to the stream.
+
+    Args:
+        config: SiglipConfig.
+
+    Call arguments:
+        x: float (B, P, D).
+
+    Returns:
+        float (B, P, D).
+
+    Source: big_vision `models/vit.py`, `Encoder1DBlock`.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        self.pre_attention_norm = _layer_norm(config, "pre_attention_norm", self.dtype_policy)
+        self.attention = SiglipAttention(config, name="attention", dtype=self.dtype_policy)
+        self.pre_mlp_norm = _layer_norm(config, "pre_mlp_norm", self.dtype_policy)
+        self.mlp = SiglipMLP(config, name="mlp", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        for layer in (self.pre_attention_norm, self.attention, self.pre_mlp_norm, self.mlp):
+            layer.build(input_shape)
+
+    def call(self, x):
+        x = x + self.attention(self.pre_attention_norm(x))
+        return x + self.mlp(self.pre_mlp_norm(x))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class SiglipTower(layers.Layer):
+    """Patches of an image to contextual image tokens.
+
+    Args:
+        config: SiglipConfig.
+
+    Call arguments:
+        images: float (B, I, I, 3) in [-1, 1].
+
+    Returns:
+        float (B, P, D), row by row from the top left.
+
+    Source: big_vision `models/vit.py`, `_Model` with `pool_type="none"`.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        self.patch_embedding = Linear(config.width, name="patch_embedding", dtype=self.dtype_policy)
+        self.blocks = [
+            SiglipBlock(config, name=f"block_{i}", dtype=self.dtype_policy)
+            for i in range(config.depth)
+        ]
+        self.final_norm = _layer_norm(config, "final_norm", self.dtype_policy)
+
+    def build(self, input_shape=None):
+        config = self.config
+        tokens_shape = (None, config.num_tokens, config.width)
+        self.patch_embedding.build((None, config.num_tokens, 3 * config.patch_size**2))
+        self.position_embedding = self.add_weight(
+            name="position_embedding",
+            shape=tokens_shape[1:],
+            initializer="random_normal",
+        )
+        for layer in (*self.blocks, self.final_norm):
+            layer.build(tokens_shape)
+
+    def call(self, images):
+        config = self.config
+        side, patch = config.image_size // config.patch_size, config.patch_size
+        patches = ops.reshape(images, (-1, side, patch, side, patch, 3))
+        patches = ops.transpose(patches, (0, 1, 3, 2, 4, 5))
+        patches = ops.reshape(patches, (-1, config.num_tokens, 3 * patch**2))
+        x = self.patch_embedding(patches)  # (B, P, D)
+        x = ops.cast(x, activation_dtype(self.compute_dtype))
+        x = x + ops.cast(self.position_embedding, x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], self.config.num_tokens, self.config.width)
+
+
+def _layer_norm(config, name, dtype):
+    # Keras normalises in float32; `autocast=False` keeps a float32 stream from float16 before.
+    return layers.LayerNormalization(
+        epsilon=config.norm_eps, name=name, dtype=dtype, autocast=False
+    )

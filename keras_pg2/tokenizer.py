@@ -1,0 +1,102 @@
+"""Text to token ids and back."""
+
+import re
+
+import sentencepiece
+
+PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
+NUM_LOCATIONS, NUM_SEGMENTS = 1024, 128
+
+_LOCATIONS = [f"<loc{i:04d}>" for i in range(NUM_LOCATIONS)]
+_SEGMENTS = [f"<seg{i:03d}>" for i in range(NUM_SEGMENTS)]
+_EXTRA_TOKENS = re.compile(r"(<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d{2}|1[01]\d|12[0-7])>)")
+
+
+class Tokenizer:
+    """Gemma's SentencePiece model with PaliGemma's 1,024 location and 128 segment tokens.
+
+    Control tokens spelled out in a text (`<bos>`, `<eos>`, `<pad>`) stay text: users cannot
+    inject them.
+
+    Args:
+        model: bytes, the serialized SentencePiece model (`tokenizer.model`), with or without
+            the location and segment tokens; when absent they follow the last piece.
+
+    Raises:
+        ValueError: if `model` is no SentencePiece model, or one with other control ids.
+
+    Example:
+        >>> tokenizer = Tokenizer.from_file("tokenizer.model")
+        >>> tokenizer.decode(tokenizer.encode("<loc0012> cat"))
+        '<loc0012> cat'
+    """
+
+    def __init__(self, model):
+        self.model = model
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                "`model` must be the bytes of a SentencePiece model (tokenizer.model). "
+                f"Received: {type(model).__name__}, which could not be read: {error}"
+            ) from error
+        ids = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.bos_id())
+        if ids != (PAD_ID, EOS_ID, BOS_ID):
+            raise ValueError(
+                "PaliGemma's tokenizer has the ids pad=0, eos=1, bos=2. "
+                f"Received: pad={ids[0]}, eos={ids[1]}, bos={ids[2]}"
+            )
+        num_pieces = self._pieces.get_piece_size()
+        first = self._pieces.piece_to_id(_LOCATIONS[0])
+        self._first_extra = num_pieces if first == self._pieces.unk_id() else first
+        extra = _LOCATIONS + _SEGMENTS
+        self._extra_ids = {token: self._first_extra + i for i, token in enumerate(extra)}
+        self._extra_tokens = {id: token for token, id in self._extra_ids.items()}
+        self.vocab_size = max(num_pieces, self._first_extra + len(extra))
+
+    @classmethod
+    def from_file(cls, path):
+        """Reads `tokenizer.model`."""
+        with open(path, "rb") as file:
+            return cls(file.read())
+
+    def encode(self, text):
+        """Token ids of a text, without `<bos>` and `<eos>`.
+
+        Args:
+            text: str.
+
+        Returns:
+            list of int.
+        """
+        # The extra tokens cut the text, as user-defined symbols do inside SentencePiece.
+        ids = []
+        for part in _EXTRA_TOKENS.split(text):
+            if part in self._extra_ids:
+                ids.append(self._extra_ids[part])
+            else:
+                ids.extend(self._pieces.encode(part))
+        return ids
+
+    def decode(self, ids):
+        """Text of token ids; `<pad>`, `<bos>` and `<eos>` give nothing.
+
+        Args:
+            ids: iterable of int.
+
+        Returns:
+            str.
+
+        Raises:
+            ValueError: if an id is outside the vocabulary.
+        """
+        text, pieces = [], []
+        for id in map(int, ids):
+            if not 0 <= id < self.vocab_size:
+                raise ValueError(f"Token ids must be in [0, {self.vocab_size}). Received: {id}")
+            if id in self._extra_tokens:
+                text += [self._pieces.decode(pieces), self._extra_tokens[id]]
+                pieces = []
+            elif id not in (PAD_ID, EOS_ID, BOS_ID):
+                pieces.append(id)
+        return "".join(text) + self._pieces.decode(pieces)

@@ -1,0 +1,60 @@
+"""Fixtures: a tiny model of fixed random weights, its tokenizer, and pictures."""
+
+import os
+import pathlib
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import pytest
+
+import keras_pg2
+
+DATA = pathlib.Path(__file__).parent / "parity" / "data"
+
+
+@pytest.fixture(scope="session")
+def data():
+    """Folder of the goldens: inputs and outputs of other libraries on tiny random weights."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return keras_pg2.Tokenizer.from_file(DATA / "tok" / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def model():
+    """Tiny PaliGemma 2 (42 px, 9 image tokens) in float32. Tests must not change it."""
+    return keras_pg2.PaliGemma2.from_preset(DATA / "hf_tiny_paligemma2", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def paligemma1():
+    """Tiny PaliGemma 1 in float32. Tests must not change it."""
+    return keras_pg2.PaliGemma2.from_preset(DATA / "hf_tiny_paligemma1", dtype="float32")
+
+
+@pytest.fixture
+def image():
+    """uint8 (50, 60, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (50, 60, 3), "uint8")
+
+
+@pytest.fixture
+def inputs():
+    """A ragged batch of 2 for the tiny models: right-padded, with suffixes."""
+    rng = np.random.default_rng(1)
+    padding = np.arange(10) < np.array([[10], [7]])
+    return {
+        "images": rng.uniform(-1, 1, (2, 42, 42, 3)).astype("float32"),
+        "token_ids": np.where(padding, rng.integers(3, 1600, (2, 10)), 0).astype("int32"),
+        "padding_mask": padding,
+        "suffix_mask": padding & (np.arange(10) >= np.array([[6], [4]])),
+    }
+
+
+def pytest_report_header():
+    return f"Keras backend: {keras.config.backend()}"

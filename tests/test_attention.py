@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_pg2 import attention as attention_module
+from keras_pg2.attention import (
+    apply_rotary,
+    attention,
+    attention_mask,
+    block_ids,
+    rotary_angles,
+    sliding_window_mask,
+    token_positions,
+)
+
+
+def _mask(valid, suffix):
+    blocks = block_ids(np.array([suffix], bool))
+    mask = attention_mask(blocks, blocks, ops.convert_to_tensor(np.array([valid], bool)))
+    return ops.convert_to_numpy(mask)[0].astype(int).tolist()
+
+
+def test_prefix_is_bidirectional():
+    assert _mask([1, 1, 1], [0, 0, 0]) == [[1, 1, 1], [1, 1, 1], [1, 1, 1]]
+
+
+def test_suffix_is_causal():
+    assert _mask([1, 1, 1], [1, 1, 1]) == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_prefix_then_suffix():
+    assert _mask([1, 1, 1, 1, 1], [0, 0, 0, 1, 1]) == [
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
+
+
+def test_padding_is_invisible_wherever_it_is():
+    assert _mask([1, 0, 1, 1, 0], [0, 0, 0, 1, 0]) == [
+        [1, 0, 1, 0, 0],
+        [1, 0, 1, 0, 0],
+        [1, 0, 1, 0, 0],
+        [1, 0, 1, 1, 0],
+        [1, 0, 1, 1, 0],
+    ]
+
+
+def test_mask_agrees_with_a_loop():
+    rng = np.random.default_rng(0)
+    valid, suffix = rng.random((3, 9)) < 0.8, rng.random((3, 9)) < 0.4
+    blocks = block_ids(suffix)
+    mask = ops.convert_to_numpy(attention_mask(blocks, blocks, ops.convert_to_tensor(valid)))
+    for row in range(3):
+        for query in range(9):
+            for key in range(9):
+                visible = suffix[row, : key + 1].sum() <= suffix[row, : query + 1].sum()
+                assert mask[row, query, key] == (valid[row, key] and visible)
+
+
+def test_positions_count_real_tokens():
+    valid = np.array([[1, 1, 0, 0, 1], [0, 0, 1, 1, 1]], bool)
+    assert ops.convert_to_numpy(token_positions(valid)).tolist() == [[0, 1, 1, 1, 2], [0, 0, 0, 1, 2]]
+
+
+def test_sliding_window_spares_the_prefix():
+    suffix = np.array([[0, 0, 0, 1, 1]], bool)
+    blocks, positions = block_ids(suffix), token_positions(np.ones_like(suffix))
+    mask = attention_mask(blocks, blocks, ops.ones((1, 5), "bool"))
+    mask = sliding_window_mask(mask, blocks, positions, positions, window=2)
+    assert ops.convert_to_numpy(mask)[0].astype(int).tolist() == [
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+
+
+def test_rotary_embedding_by_hand():
+    # One head of size 4: the pairs (0, 2) and (1, 3) turn by position · (1, 1 / 100).
+    x = np.array([1.0, 2.0, 3.0, 4.0], "float32").reshape(1, 1, 1, 4)
+    cos, sin = rotary_angles(np.array([[5]]), head_dim=4, base=10_000.0)
+    angles = np.array([5.0, 0.05])
+    first, second = x[0, 0, 0, :2], x[0, 0, 0, 2:]
+    expected = np.concatenate(
+        [
+            first * np.cos(angles) - second * np.sin(angles),
+            second * np.cos(angles) + first * np.sin(angles),
+        ]
+    )
+    rotated = ops.convert_to_numpy(apply_rotary(x, cos, sin))[0, 0, 0]
+    np.testing.assert_allclose(rotated, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rotary_angles_are_float32(dtype):
+    cos, _ = rotary_angles(np.array([[257, 258]]), head_dim=4, base=10_000.0)
+    assert ops.dtype(cos) == "float32"
+    x = ops.ones((1, 2, 1, 4), dtype)
+    assert ops.dtype(apply_rotary(x, cos, cos)) == "float32"
+
+
+def _reference(query, key, value, mask, softcap):
+    """Head by head, row by row, in float64."""
+    batch, length, heads, _ = query.shape
+    output = np.zeros(query.shape)
+    group = heads // key.shape[2]
+    for b in range(batch):
+        for n in range(heads):
+            logits = query[b, :, n] @ key[b, :, n // group].T
+            logits = softcap * np.tanh(logits / softcap) if softcap else logits
+            logits = np.where(mask[b], logits, -np.inf)
+            probs = np.exp(logits - logits.max(-1, keepdims=True))
+            output[b, :, n] = probs / probs.sum(-1, keepdims=True) @ value[b, :, n // group]
+    return output
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("max_logits", [1024 * 1024, 22])
+def test_attention_agrees_with_a_loop(monkeypatch, softcap, max_logits):
+    monkeypatch.setattr(attention_module, "_MAX_LOGITS", max_logits)  # 22: chunks of 2 queries
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 5, 6, 4)).astype("float32")
+    key = rng.normal(size=(2, 11, 3, 4)).astype("float32")
+    value = rng.normal(size=(2, 11, 3, 4)).astype("float32")
+    mask = rng.random((2, 5, 11)) < 0.6
+    mask[:, :, 0] = True
+    output = attention(*map(ops.convert_to_tensor, (query, key, value, mask)), softcap)
+    expected = _reference(query, key, value, mask, softcap)
+    np.testing.assert_allclose(ops.convert_to_numpy(output), expected, atol=1e-6)
+
+
+def test_a_query_without_keys_is_finite():
+    x = ops.ones((1, 2, 1, 4))
+    mask = ops.zeros((1, 2, 2), "bool")
+    assert np.isfinite(ops.convert_to_numpy(attention(x, x, x, mask))).all()
