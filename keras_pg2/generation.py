@@ -161,7 +161,7 @@ def token_steps(model, inputs, sampler, max_new_tokens, seed, num_steps):
     if isinstance(sampler, Sample):
         seeds = np.random.SeedSequence(seed).spawn(batch_size)
         uniforms = np.stack(
-            [np.random.default_rng(row).random(buffer_length, "float32") for row in seeds]
+            [1 - np.random.default_rng(row).random(buffer_length, "float32") for row in seeds]
         )
     is_beam = isinstance(sampler, Beam)
     programs = model.programs
@@ -289,7 +289,7 @@ def _choose(sampler, state, logits):
 
 
 def _sample(sampler, logits, uniform):
-    """Token ids int32 (B,) at the quantile `uniform` float32 (B,) of the distribution."""
+    """Token ids int32 (B,) at the quantile `uniform` float32 (B,) in (0, 1]."""
     logits = logits / sampler.temperature
     if sampler.top_k is not None:
         top_k = min(sampler.top_k, logits.shape[-1])
@@ -305,7 +305,7 @@ def _sample(sampler, logits, uniform):
     cumulative = ops.cumsum(ops.softmax(logits, axis=-1), axis=-1)
     # Times the total, so that rounding never leads past the last token with a probability.
     target = uniform[:, None] * cumulative[:, -1:]
-    return ops.cast(ops.argmax(ops.cast(cumulative > target, "int32"), axis=-1), "int32")
+    return ops.cast(ops.argmax(ops.cast(cumulative >= target, "int32"), axis=-1), "int32")
 
 
 def _choose_beams(sampler, state, log_probs):

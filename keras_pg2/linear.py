@@ -25,7 +25,7 @@ class Linear(keras.layers.Dense):
     """Dense over the last axis, kernel `(in, out)`.
 
     In float16 each row is scaled by a power of two before the product, so that neither the
-    input nor the result overflows, and scaled back in float32.
+    input nor the result leaves the range of float16, and scaled back in float32.
 
     Args:
         units: int, size of the output.
@@ -49,7 +49,8 @@ class Linear(keras.layers.Dense):
         if self.compute_dtype == "float16":
             inputs = ops.cast(inputs, "float32")
             largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
-            exponent = ops.ceil(ops.log2(ops.maximum(largest, 1.0)))
+            # The largest input becomes 1/32: sums of many products must fit too.
+            exponent = ops.ceil(ops.log2(ops.maximum(largest, 1e-30))) + 5
             scale = ops.power(2.0, exponent)
             outputs = ops.matmul(ops.cast(inputs / scale, "float16"), kernel)
             outputs = ops.cast(outputs, "float32") * scale

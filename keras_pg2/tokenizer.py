@@ -43,8 +43,8 @@ class Tokenizer:
         ids = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.bos_id())
         if ids != (PAD_ID, EOS_ID, BOS_ID):
             raise ValueError(
-                "PaliGemma's tokenizer has the ids pad=0, eos=1, bos=2. "
-                f"Received: pad={ids[0]}, eos={ids[1]}, bos={ids[2]}"
+                "`model` must be PaliGemma's tokenizer.model, with the ids pad=0, eos=1, bos=2. "
+                f"Received: a model with pad={ids[0]}, eos={ids[1]}, bos={ids[2]}"
             )
         num_pieces = self._pieces.get_piece_size()
         first = self._pieces.piece_to_id(_LOCATIONS[0])

@@ -62,7 +62,10 @@ def test_mask_agrees_with_a_loop():
 
 def test_positions_count_real_tokens():
     valid = np.array([[1, 1, 0, 0, 1], [0, 0, 1, 1, 1]], bool)
-    assert ops.convert_to_numpy(token_positions(valid)).tolist() == [[0, 1, 1, 1, 2], [0, 0, 0, 1, 2]]
+    assert ops.convert_to_numpy(token_positions(valid)).tolist() == [
+        [0, 1, 1, 1, 2],
+        [0, 0, 0, 1, 2],
+    ]
 
 
 def test_sliding_window_spares_the_prefix():
@@ -105,7 +108,7 @@ def test_rotary_angles_are_float32(dtype):
 
 def _reference(query, key, value, mask, softcap):
     """Head by head, row by row, in float64."""
-    batch, length, heads, _ = query.shape
+    batch, _, heads, _ = query.shape
     output = np.zeros(query.shape)
     group = heads // key.shape[2]
     for b in range(batch):

@@ -1,0 +1,405 @@
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_pg2 import Beam, Generation, Greedy, PaliGemma2, Sample, _backend
+from keras_pg2 import generation as generation_module
+
+PROMPTS = ["caption en", "ocr", "answer en what is in the image?"]
+
+
+def greedy_reference(model, inputs, num_tokens):
+    """Token ids and log-probabilities without a cache: the whole sequence anew for each token."""
+    length = inputs["token_ids"].shape[1]
+    added = ((0, 0), (0, num_tokens))
+    token_ids = np.pad(inputs["token_ids"], added)
+    padding_mask = np.pad(inputs["padding_mask"], added)
+    suffix_mask = np.pad(inputs["suffix_mask"], added, constant_values=True)
+    log_probs = []
+    for position in range(length, length + num_tokens):
+        logits = model(
+            {
+                "images": inputs["images"],
+                "token_ids": token_ids,
+                "padding_mask": padding_mask,
+                "suffix_mask": suffix_mask,
+            }
+        )
+        last = ops.convert_to_numpy(ops.log_softmax(logits, axis=-1))[0, position - 1]
+        log_probs.append(last.max())
+        token_ids[0, position] = last.argmax()
+        padding_mask[0, position] = True
+        if last.argmax() == 1:
+            break
+    return token_ids[0, length : position + 1], np.array(log_probs)
+
+
+@pytest.mark.parametrize("response", ["", "a red"])
+def test_cached_equals_uncached(model, image, response):
+    """Also with the beginning of an answer, which is suffix: causal."""
+    inputs = model.preprocessor.for_generation([[image]], ["caption en"], [response])
+    token_ids, log_probs = greedy_reference(model, inputs, 10)
+    answer = model.generate(image, "caption en", response, max_new_tokens=10, details=True)
+    assert answer.token_ids.tolist() == token_ids.tolist()
+    np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
+
+
+def test_cached_equals_uncached_in_paligemma1(paligemma1, image):
+    inputs = paligemma1.preprocessor.for_generation([[image]], ["ocr"], ["a"])
+    token_ids, log_probs = greedy_reference(paligemma1, inputs, 8)
+    answer = paligemma1.generate(image, "ocr", "a", max_new_tokens=8, details=True)
+    assert answer.token_ids.tolist() == token_ids.tolist()
+    np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
+
+
+def test_cached_equals_uncached_with_a_window(data, image):
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32", sliding_window=4)
+    inputs = model.preprocessor.for_generation([[image]], ["caption en"], ["a red"])
+    token_ids, log_probs = greedy_reference(model, inputs, 8)
+    answer = model.generate(image, "caption en", "a red", max_new_tokens=8, details=True)
+    assert answer.token_ids.tolist() == token_ids.tolist()
+    np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", [Greedy(), Beam(3)])
+def test_a_ragged_batch_equals_one_by_one(model, image, sampler):
+    images = [image, image[::-1], image[:, ::-1]]
+    options = {"max_new_tokens": 12, "sampler": sampler, "details": True}
+    responses = ["", "a red ball", "x"]
+    batch = model.generate(images, PROMPTS, responses, **options)
+    for row, answer in enumerate(batch):
+        alone = model.generate(images[row], PROMPTS[row], responses[row], **options)
+        assert answer.text == alone.text
+        assert answer.token_ids.tolist() == alone.token_ids.tolist()
+        np.testing.assert_allclose(answer.log_probs, alone.log_probs, atol=1e-4)
+
+
+def test_batches_are_split(model, image):
+    images = [image, image[::-1], image[:, ::-1]]
+    whole = model.generate(images, "ocr", max_new_tokens=6)
+    assert model.generate(images, "ocr", max_new_tokens=6, batch_size=2) == whole
+    assert len(set(whole)) > 1
+
+
+def test_several_images_per_example(model, image):
+    """Tokens of the images follow each other; their order matters."""
+    pair = [image, image[::-1]]
+    answers = model.generate([pair, pair[::-1]], "ocr", max_new_tokens=6, details=True)
+    x = model.preprocessor.for_generation([pair], ["ocr"])
+    token_ids, log_probs = greedy_reference(model, x, 6)
+    assert answers[0].token_ids.tolist() == token_ids.tolist()
+    np.testing.assert_allclose(answers[0].log_probs, log_probs, atol=1e-4)
+    assert not np.allclose(answers[0].log_probs[0], answers[1].log_probs[0])
+    features = ops.convert_to_numpy(model.encode_images(x["images"]))
+    assert features.shape == (1, 18, 40)
+    single = ops.convert_to_numpy(model.encode_images(x["images"][:, 1]))
+    np.testing.assert_allclose(features[:, 9:], single, atol=1e-5)
+
+
+def test_video_frames(model, image):
+    frames = np.stack([np.roll(image, i, axis=0) for i in range(16)])
+    assert isinstance(model.generate(frames[None], ["ocr"], max_new_tokens=2)[0], str)
+
+
+# Forms of input and output
+
+
+def test_forms_of_input(model, image):
+    expected = model.generate(image, "ocr", max_new_tokens=6)
+    assert isinstance(expected, str)
+    same = [
+        model.generate([image], ["ocr"], max_new_tokens=6),
+        model.generate([image], "ocr", max_new_tokens=6),
+        model.generate(image, ["ocr"], max_new_tokens=6),
+        model.generate({"images": image[None], "prompts": ["ocr\n"]}, max_new_tokens=6),
+    ]
+    assert same == [[expected]] * len(same)
+    inputs = model.preprocessor.for_generation([[image]], ["ocr"])
+    (answer,) = model.generate(inputs, max_new_tokens=6)
+    assert isinstance(answer, Generation)
+    assert answer.text == expected
+    assert answer.text == model.preprocessor.tokenizer.decode(answer.token_ids)
+
+
+def test_dict_with_responses(model, image):
+    expected = model.generate(image, "ocr", "a red", max_new_tokens=6)
+    inputs = {"images": image, "prompts": "ocr", "responses": "a red"}
+    assert model.generate(inputs, max_new_tokens=6) == expected
+    assert expected != model.generate(image, "ocr", max_new_tokens=6)
+
+
+def test_stream_joins_to_generate(model, image):
+    images = [image, image[::-1]]
+    expected = model.generate(images, PROMPTS[:2], max_new_tokens=20)
+    pieces = list(model.stream(images, PROMPTS[:2], max_new_tokens=20))
+    assert ["".join(column) for column in zip(*pieces)] == expected
+    pieces = list(model.stream(image, PROMPTS[0], max_new_tokens=20))
+    assert len(pieces) > 1
+    assert "".join(pieces) == expected[0]
+
+
+def test_stream_of_beams(model, image):
+    expected = model.generate(image, "ocr", max_new_tokens=6, sampler="beam")
+    assert "".join(model.stream(image, "ocr", max_new_tokens=6, sampler="beam")) == expected
+
+
+def test_without_preprocessor(data, model, image):
+    inputs = model.preprocessor.for_generation([[image]], ["ocr"])
+    expected = model.generate(inputs, max_new_tokens=6)[0]
+    bare = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    bare.preprocessor = None
+    (answer,) = bare.generate(inputs, max_new_tokens=6)
+    assert answer.text == ""
+    assert answer.token_ids.tolist() == expected.token_ids.tolist()
+    with pytest.raises(ValueError, match="no preprocessor"):
+        bare.generate(image, "ocr")
+
+
+# Ends
+
+
+def _end_after(model, monkeypatch, image, num_tokens):
+    """Makes the token that greedy decoding gives at some step the end of the answer."""
+    ids = model.generate(image, "ocr", max_new_tokens=num_tokens, details=True).token_ids
+    monkeypatch.setattr(generation_module, "EOS_ID", int(ids[-1]))
+    monkeypatch.setattr(model, "programs", _backend.Programs())
+    return ids.tolist().index(ids[-1]) + 1
+
+
+def test_rows_stop_at_eos(model, image, monkeypatch):
+    count = _end_after(model, monkeypatch, image, 4)
+    answer, other = model.generate([image, image[::-1]], "ocr", max_new_tokens=12, details=True)
+    assert len(answer.token_ids) == len(answer.log_probs) == count
+    assert len(other.token_ids) == 12
+
+
+def test_the_loop_stops_early(model, image, monkeypatch):
+    count = _end_after(model, monkeypatch, image, 4)
+    calls = []
+    decode = PaliGemma2.decode
+
+    def spy(*args):
+        calls.append(1)
+        return decode(*args)
+
+    monkeypatch.setattr(PaliGemma2, "decode", spy)
+    steps = generation_module.token_steps(
+        model,
+        model.preprocessor.for_generation([[image]], ["ocr"]),
+        Greedy(),
+        200,
+        None,
+        lambda: 200,
+    )
+    next(steps)
+    token_ids, _ = steps.send(np.array([False]))
+    assert token_ids.shape[1] <= count + 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings(model, image, stream):
+    text = model.generate(image, "ocr", max_new_tokens=12)
+    stop = text[len(text) // 2 :][:3]
+    expected = text[: text.index(stop)]
+    if stream:
+        assert "".join(model.stream(image, "ocr", max_new_tokens=12, stop=stop)) == expected
+    else:
+        answer = model.generate(image, "ocr", max_new_tokens=12, stop=("never", stop), details=True)
+        assert answer.text == expected
+        decoded = model.preprocessor.tokenizer.decode(answer.token_ids)
+        assert stop in decoded
+        assert stop not in model.preprocessor.tokenizer.decode(answer.token_ids[:-1])
+
+
+def test_certain_length():
+    certain = generation_module._certain_length
+    assert certain("caf\ufffd", ()) == 3
+    assert certain("one stop?", ("stop!",)) == 9
+    assert certain("one st", ("stop!", "top")) == 4
+
+
+# Samplers
+
+
+@pytest.mark.parametrize("sampler", ["random", "top_k", "top_p", Sample(0.7, top_k=5, top_p=0.9)])
+def test_same_seed_same_text(model, image, sampler):
+    options = {"sampler": sampler, "max_new_tokens": 12}
+    text = model.generate(image, "ocr", seed=1, **options)
+    assert model.generate(image, "ocr", seed=1, **options) == text
+    assert any(model.generate(image, "ocr", seed=seed, **options) != text for seed in (2, 3, 4))
+    assert model.generate([image, image], "ocr", seed=1, **options)[0] == text
+
+
+def test_rows_and_batches_differ(model, image):
+    options = {"sampler": "random", "max_new_tokens": 12, "seed": 1}
+    texts = model.generate([image] * 4, "ocr", batch_size=2, **options)
+    assert len(set(texts)) == 4
+
+
+def test_no_seed_is_random(model, image):
+    options = {"sampler": "random", "max_new_tokens": 12}
+    assert len({model.generate(image, "ocr", **options) for _ in range(3)}) > 1
+
+
+def test_the_same_text_on_every_backend(model, image):
+    ids = model.generate(image, "ocr", sampler="random", seed=7, max_new_tokens=8, details=True)
+    assert ids.token_ids.tolist() == [607, 34, 34, 1376, 1376, 690, 690, 690]
+
+
+def _tokens(sampler, logits, uniforms):
+    logits = ops.convert_to_tensor(np.array(logits, "float32"))
+    uniforms = ops.convert_to_tensor(np.array(uniforms, "float32"))
+    return ops.convert_to_numpy(generation_module._sample(sampler, logits, uniforms)).tolist()
+
+
+def test_sampling_is_the_inverse_of_the_distribution():
+    logits = np.log([[0.1, 0.2, 0.3, 0.4]] * 5)
+    assert _tokens(Sample(), logits, [1e-7, 0.09, 0.11, 0.31, 1.0]) == [0, 0, 1, 2, 3]
+
+
+def test_temperature():
+    logits = np.log([[0.2, 0.8]] * 2)
+    assert _tokens(Sample(temperature=0.5), logits, [0.05, 0.06]) == [0, 1]  # 0.04 : 0.64
+
+
+def test_top_k():
+    logits = np.log([[0.1, 0.2, 0.3, 0.4]] * 3)
+    assert _tokens(Sample(top_k=2), logits, [1e-7, 0.42, 0.44]) == [2, 2, 3]  # 0.3 : 0.4
+    assert _tokens(Sample(top_k=1), logits, [1e-7, 0.5, 1.0]) == [3, 3, 3]
+    assert _tokens(Sample(top_k=99), logits, [1e-7, 0.5, 1.0]) == [0, 2, 3]
+
+
+def test_top_p():
+    logits = np.log([[0.1, 0.2, 0.3, 0.4]] * 3)
+    assert _tokens(Sample(top_p=0.6), logits, [1e-7, 0.42, 0.44]) == [2, 2, 3]
+    assert _tokens(Sample(top_p=0.01), logits, [1e-7, 0.5, 1.0]) == [3, 3, 3]
+    assert _tokens(Sample(top_p=1.0), logits, [1e-7, 0.5, 1.0]) == [0, 2, 3]
+
+
+def test_impossible_tokens_are_never_sampled():
+    logits = np.full((3, 1000), -100.0)
+    logits[:, 500] = 0
+    assert _tokens(Sample(), logits, [1e-7, 0.5, 1.0]) == [500] * 3
+
+
+def test_one_beam_is_no_worse_than_immediate_end(model, image):
+    """Beam search maximises the log-probability of the whole answer."""
+    best = model.generate(image, "ocr", max_new_tokens=6, sampler=Beam(8), details=True)
+    few = model.generate(image, "ocr", max_new_tokens=6, sampler=Beam(1), details=True)
+    assert best.token_ids[-1] == few.token_ids[-1] == 1
+    assert best.log_probs.sum() >= few.log_probs.sum() - 1e-5
+    inputs = model.preprocessor.for_generation([[image]], ["ocr"])
+    x = {name: array for name, array in inputs.items() if name != "padding_mask"}
+    x["token_ids"] = np.append(x["token_ids"], [best.token_ids], axis=1)
+    x["suffix_mask"] = np.append(x["suffix_mask"], [np.ones(len(best.token_ids), bool)], axis=1)
+    log_probs = ops.convert_to_numpy(ops.log_softmax(model(x), axis=-1))[0]
+    start = inputs["token_ids"].shape[1] - 1
+    expected = [log_probs[start + i, token] for i, token in enumerate(best.token_ids)]
+    np.testing.assert_allclose(best.log_probs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GreedySampler", {}),
+        ("TopKSampler", {"k": 5, "seed": 1}),
+        ("TopPSampler", {"p": 0.9, "seed": 1}),
+        ("RandomSampler", {"seed": 1}),
+        ("BeamSampler", {"num_beams": 3}),
+        ("ContrastiveSampler", {"k": 3, "alpha": 0.2}),
+    ],
+)
+def test_keras_hub_samplers(model, image, name, options):
+    samplers = pytest.importorskip("keras_hub").samplers
+    sampler = getattr(samplers, name)(**options)
+    answers = model.generate([image, image[::-1]], PROMPTS[:2], sampler=sampler, max_new_tokens=6)
+    assert len(answers) == 2
+    if name == "GreedySampler":
+        assert answers == model.generate([image, image[::-1]], PROMPTS[:2], max_new_tokens=6)
+    if name == "RandomSampler":  # its seed generator moves on
+        again = model.generate([image, image[::-1]], PROMPTS[:2], sampler=sampler, max_new_tokens=6)
+        assert again != answers
+
+
+# Compilations
+
+
+@pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
+def test_20_prompt_lengths_compile_at_most_3_programs(data):
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (1, 42, 42, 3)).astype("float32")
+    for length in range(3, 63, 3):
+        token_ids = rng.integers(3, 500, (1, length))
+        model.generate({"images": images, "token_ids": token_ids}, max_new_tokens=5)
+    assert len(model.programs.compilations) <= 3
+
+
+@pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
+def test_stream_and_generate_share_programs(data, image):
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    model.generate(image, "ocr", max_new_tokens=9)
+    before = list(model.programs.compilations)
+    list(model.stream(image, "caption en", max_new_tokens=20))
+    assert model.programs.compilations == before
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be a positive integer. Received: 0"),
+        ({"max_new_tokens": 2.5}, "`max_new_tokens`"),
+        ({"batch_size": -1}, "`batch_size`"),
+        ({"sampler": "nucleus"}, "`sampler` must be one of .*'top_p'.*Received: sampler='nucleus'"),
+        ({"sampler": 3}, "`sampler`"),
+        ({"stop": ""}, "`stop`"),
+        ({"stop": [3]}, "`stop`"),
+        ({"max_new_tokens": 9000}, "at most 8192 tokens .*Shorten the prompt"),
+    ],
+)
+def test_bad_options(model, image, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(image, "ocr", **options)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        (Sample, {"temperature": 0}),
+        (Sample, {"temperature": float("nan")}),
+        (Sample, {"top_k": 0}),
+        (Sample, {"top_k": 1.5}),
+        (Sample, {"top_p": 0.0}),
+        (Sample, {"top_p": 1.1}),
+        (Beam, {"num_beams": 0}),
+    ],
+)
+def test_bad_samplers(sampler, options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}="):
+        sampler(**options)
+
+
+def test_long_prompt(model, image):
+    with pytest.raises(ValueError, match=r"at most 8192 tokens.*9 image tokens \+ \d+ tokens"):
+        model.generate(image, "word " * 5000)
+
+
+def test_bad_dicts(model, image):
+    with pytest.raises(ValueError, match="'images' and 'prompts'"):
+        model.generate({"image": image, "prompts": "ocr"})
+    with pytest.raises(ValueError, match="not both"):
+        model.generate({"images": image, "prompts": "ocr"}, "ocr")
+    with pytest.raises(ValueError, match="`prompts` is missing"):
+        model.generate(image)
+    with pytest.raises(ValueError, match="Unknown: \\['mask'\\]"):
+        model.generate({"images": image, "token_ids": np.ones((1, 3)), "mask": None})
+    with pytest.raises(ValueError, match=r"\(B, 42, 42, 3\).*shape \(1, 50, 60, 3\)"):
+        model.generate({"images": image[None], "token_ids": np.ones((1, 3))})
+
+
+def test_empty_prompt_is_allowed(model, image):
+    assert model.generate(image, "", max_new_tokens=2) is not None

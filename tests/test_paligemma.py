@@ -1,0 +1,179 @@
+import copy
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_pg2 import GemmaConfig, PaliGemma2, PaliGemmaConfig, Preprocessor, SiglipConfig
+
+
+def _numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def _tiny(**changes):
+    text = dict(width=16, depth=2, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=6)
+    text |= dict(query_pre_attn_scalar=6, vocab_size=50, use_post_norms=True)
+    return PaliGemmaConfig(SiglipConfig(12, 2, 20, 3, 28, 14), GemmaConfig(**text)).replace(
+        **changes
+    )
+
+
+def test_paths_follow_the_design(model):
+    paths = set(model.variables_by_path())
+    assert len(paths) == len(model.variables) == 85
+    assert {
+        "vision/position_embedding",
+        "vision/patch_embedding/kernel",
+        "vision/block_1/attention/query/bias",
+        "projector/kernel",
+        "text/embedding/embeddings",
+        "text/block_3/pre_attention_norm/scale",
+        "text/block_3/attention/output/kernel",
+        "text/block_3/post_mlp_norm/scale",
+        "text/final_norm/scale",
+    } <= paths
+
+
+def test_four_and_five_axes_agree(model, inputs):
+    five = inputs | {"images": inputs["images"][:, None]}
+    np.testing.assert_allclose(_numpy(model(five)), _numpy(model(inputs)), atol=1e-5)
+
+
+def test_missing_masks_mean_real_prefix(model, inputs):
+    bare = {"images": inputs["images"][:1], "token_ids": inputs["token_ids"][:1]}
+    full = bare | {"padding_mask": np.ones((1, 10), bool), "suffix_mask": np.zeros((1, 10), bool)}
+    np.testing.assert_array_equal(_numpy(model(bare)), _numpy(model(full)))
+
+
+def test_padding_is_invisible(model, inputs):
+    """Neither its ids nor its place changes the logits of real tokens."""
+    real = inputs["padding_mask"]
+    logits = _numpy(model(inputs))
+    noisy = inputs | {"token_ids": np.where(real, inputs["token_ids"], 1000)}
+    np.testing.assert_allclose(_numpy(model(noisy))[real], logits[real], atol=1e-5)
+    moved = {name: np.roll(x, 3, axis=1) if name != "images" else x for name, x in inputs.items()}
+    np.testing.assert_allclose(_numpy(model(moved))[1, 3:], logits[1, :7], atol=1e-4)
+
+
+def test_suffix_is_causal_and_prefix_is_not(model, inputs):
+    logits = _numpy(model(inputs))[0]  # prefix of 6, suffix of 4
+    token_ids = inputs["token_ids"].copy()
+    token_ids[0, 8] = 7
+    changed = _numpy(model(inputs | {"token_ids": token_ids}))[0]
+    np.testing.assert_allclose(changed[:8], logits[:8], atol=1e-5)
+    assert np.abs(changed[8:] - logits[8:]).max(axis=1).min() > 0.01
+    token_ids = inputs["token_ids"].copy()
+    token_ids[0, 5] = 7
+    changed = _numpy(model(inputs | {"token_ids": token_ids}))[0]
+    assert np.abs(changed - logits).max(axis=1).min() > 0.01
+
+
+def test_bad_inputs(model, inputs):
+    with pytest.raises(ValueError, match=r"Missing: \['token_ids'\]"):
+        model({"images": inputs["images"]})
+    with pytest.raises(ValueError, match=r"Unknown: \['text'\]"):
+        model(inputs | {"text": inputs["token_ids"]})
+    with pytest.raises(ValueError, match=r"\(B, 42, 42, 3\).*\(2, 41, 42, 3\)"):
+        model(inputs | {"images": inputs["images"][:, 1:]})
+    with pytest.raises(ValueError, match=r"`suffix_mask` must be \(B, T\)"):
+        model(inputs | {"suffix_mask": inputs["suffix_mask"][0]})
+
+
+def test_preprocessor_of_another_size(tokenizer):
+    with pytest.raises(ValueError, match=r"same image size.*56 and 28"):
+        PaliGemma2(_tiny(), Preprocessor(tokenizer, 56))
+
+
+def test_keras_file_round_trip(model, image, inputs, tmp_path):
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.config == model.config
+    assert loaded.preprocessor.get_config() == model.preprocessor.get_config()
+    np.testing.assert_array_equal(_numpy(loaded(inputs)), _numpy(model(inputs)))
+    expected = model.generate(image, "ocr", max_new_tokens=4)
+    assert loaded.generate(image, "ocr", max_new_tokens=4) == expected
+
+
+def test_keras_file_keeps_the_policy(tmp_path):
+    model = PaliGemma2(_tiny(), dtype="mixed_bfloat16")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.dtype_policy.name == "mixed_bfloat16"
+    assert loaded.text.blocks[1].mlp.up.compute_dtype == "bfloat16"
+    assert loaded.preprocessor is None
+
+
+def test_weights_round_trip(model, inputs, tmp_path):
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = PaliGemma2(model.config, dtype="float32")
+    assert np.abs(_numpy(other(inputs)) - _numpy(model(inputs))).max() > 1
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(_numpy(other(inputs)), _numpy(model(inputs)))
+
+
+def test_deep_copy(data, image):
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    expected = model.generate(image, "ocr", max_new_tokens=3)
+    assert copy.deepcopy(model).generate(image, "ocr", max_new_tokens=3) == expected
+
+
+def test_new_weights_are_used_at_once(data, image):
+    """Compiled programs read the variables, not their old values."""
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    before = model.generate(image, "ocr", max_new_tokens=4, details=True)
+    embedding = model.variables_by_path()["text/embedding/embeddings"]
+    embedding.assign(ops.flip(embedding, axis=0))
+    after = model.generate(image, "ocr", max_new_tokens=4, details=True)
+    assert before.token_ids.tolist() != after.token_ids.tolist()
+
+
+def test_fit_lowers_the_loss():
+    """The raw model trains with a plain Keras loss."""
+    rng = np.random.default_rng(0)
+    model = PaliGemma2(_tiny(), dtype="float32")
+    x = {
+        "images": rng.uniform(-1, 1, (4, 28, 28, 3)).astype("float32"),
+        "token_ids": rng.integers(3, 50, (4, 8)).astype("int32"),
+        "padding_mask": np.ones((4, 8), bool),
+        "suffix_mask": np.arange(8)[None].repeat(4, 0) >= 4,
+    }
+    y = np.roll(x["token_ids"], -1, axis=1)
+    weight = np.roll(x["suffix_mask"], -1, axis=1) * np.array([1.0] * 7 + [0.0])
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    )
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), loss=loss)
+    history = model.fit(x, y, sample_weight=weight, epochs=30, verbose=0)
+    assert history.history["loss"][-1] < 0.5 * history.history["loss"][0]
+
+
+def test_loss_equals_big_vision(data):
+    """Mean over examples of the mean over suffix tokens, whatever the padding."""
+    golden = np.load(data / "bv_tiny_paligemma2_expected.npz")
+    model = PaliGemma2.from_preset(
+        data / "bv_tiny_paligemma2.npz",
+        dtype="float32",
+        query_pre_attn_scalar=10,
+        final_logit_softcap=None,
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    )
+    for i, image in enumerate(golden["image"]):
+        token_ids = np.pad(golden[f"train_{i}_text"], (0, 5))[None]
+        suffix_mask = np.pad(golden[f"train_{i}_mask_ar"], (0, 5))[None]
+        logits = model(
+            {
+                "images": image[None],
+                "token_ids": token_ids,
+                "padding_mask": token_ids > 0,
+                "suffix_mask": suffix_mask,
+            }
+        )
+        weight = np.roll(suffix_mask, -1, axis=1).astype("float32")
+        value = loss(np.roll(token_ids, -1, axis=1), logits, weight / weight.sum())
+        np.testing.assert_allclose(
+            float(_numpy(value)), golden[f"train_{i}_loss_bigvision_nocap"], rtol=1e-5
+        )

@@ -1,0 +1,137 @@
+"""bfloat16 stays near float32; float16 does not overflow where a naive forward pass does."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_pg2 import PaliGemma2
+from keras_pg2.linear import Linear
+
+# Root mean square of the error of the logits, relative to that of the logits. The tiny weights are
+# random and amplify rounding: transformers' own bfloat16 has 0.06 on one example of theirs.
+BOUNDS = {"bfloat16": 0.2, "mixed_bfloat16": 0.2, "float16": 0.02, "mixed_float16": 0.02}
+
+
+def _rms(x):
+    return np.sqrt(np.mean(np.square(x, dtype="float64")))
+
+
+def _logits(model, inputs):
+    logits = model(inputs)
+    assert ops.dtype(logits) == "float32"
+    return ops.convert_to_numpy(logits)[inputs["padding_mask"]]
+
+
+@pytest.mark.parametrize("checkpoint", ["hf_tiny_paligemma1", "hf_tiny_paligemma2"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_error_bounds(data, inputs, checkpoint, dtype):
+    expected = _logits(PaliGemma2.from_preset(data / checkpoint, dtype="float32"), inputs)
+    model = PaliGemma2.from_preset(data / checkpoint, dtype=dtype)
+    is_mixed = dtype.startswith("mixed")
+    assert {v.dtype for v in model.variables} == {"float32" if is_mixed else dtype}
+    assert _rms(_logits(model, inputs) - expected) < BOUNDS[dtype] * _rms(expected)
+
+
+def test_bfloat16_is_about_as_close_as_transformers(data):
+    golden = data / "hf_tiny_paligemma2_bf16"
+    exact = np.load(golden / "expected_float32_compute.npz")
+    theirs = np.load(golden / "expected_bfloat16_compute.npz")["logits_from_last_prefix"][:, :1664]
+    expected = exact["logits_from_last_prefix"][:, :1664]
+    model = PaliGemma2.from_preset(golden, dtype="bfloat16")
+    logits = ops.convert_to_numpy(
+        model(
+            {
+                "images": exact["pixel_values"].transpose(0, 2, 3, 1),
+                "token_ids": exact["input_ids"][:, 9:],
+                "suffix_mask": exact["token_type_ids"][:, 9:],
+            }
+        )
+    )[0, -len(expected) :]
+    # One example, and rounding is luck: other orders of summation give 0.7 to 1.6.
+    assert _rms(logits - expected) < 2 * _rms(theirs - expected)
+
+
+def _scale(model, path, factor):
+    variable = model.variables_by_path()[path]
+    variable.assign(ops.cast(variable, "float32") * factor)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
+def test_wide_gates_in_float16(data, inputs, dtype):
+    """The norm after the MLP cancels a factor, but the gate times it exceeds 65,504."""
+    expected = _logits(PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32"), inputs)
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype)
+    for block in range(4):
+        _scale(model, f"text/block_{block}/mlp/up/kernel", 3e4)
+    assert _rms(_logits(model, inputs) - expected) < BOUNDS[dtype] * _rms(expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
+@pytest.mark.parametrize(
+    ("checkpoint", "path", "factor"),
+    [
+        ("hf_tiny_paligemma2", "text/block_0/post_mlp_norm/scale", 4e4),
+        ("hf_tiny_paligemma1", "text/block_0/mlp/down/kernel", 2e4),
+        ("hf_tiny_paligemma2", "vision/block_0/mlp/down/kernel", 2e4),
+    ],
+)
+def test_wide_residual_stream_in_float16(data, inputs, dtype, checkpoint, path, factor):
+    """The residual stream exceeds 65,504, as in the published models."""
+    exact = PaliGemma2.from_preset(data / checkpoint, dtype="float32")
+    _scale(exact, path, factor)
+    # The float16 file of such a model holds what the float32 one does.
+    value = ops.convert_to_numpy(exact.variables_by_path()[path])
+    exact.variables_by_path()[path].assign(value.astype("float16").astype("float32"))
+    assert np.abs(_stream(exact, inputs, path.split("/")[0])).max() > 65_504
+    model = PaliGemma2.from_preset(data / checkpoint, dtype=dtype)
+    model.variables_by_path()[path].assign(value.astype("float16"))
+    logits, expected = _logits(model, inputs), _logits(exact, inputs)
+    assert np.isfinite(logits).all()
+    assert _rms(logits - expected) < 2 * BOUNDS[dtype] * _rms(expected)
+
+
+def _stream(model, inputs, tower):
+    """The residual stream after the first block."""
+    seen = []
+    block = getattr(model, tower).blocks[0]
+    call = block.call
+
+    def spy(*args, **kwargs):
+        outputs = call(*args, **kwargs)
+        seen.append(outputs[0] if tower == "text" else outputs)
+        return outputs
+
+    block.call = spy
+    model(inputs)
+    block.call = call
+    return ops.convert_to_numpy(seen[0])
+
+
+def test_linear_in_float16():
+    """Rows of any size, each scaled by its own power of two."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(4, 64)).astype("float32") * np.array([[1e-3], [1.0], [1e5], [1e9]])
+    layer = Linear(32, dtype="float16")
+    layer.build((None, 64))
+    kernel = ops.convert_to_numpy(layer.kernel).astype("float32")
+    outputs = layer(ops.convert_to_tensor(rows.astype("float32")))
+    assert ops.dtype(outputs) == "float32"
+    outputs, expected = ops.convert_to_numpy(outputs), rows @ kernel
+    error = np.abs(outputs - expected).max(axis=1) / np.abs(expected).max(axis=1)
+    assert (error < 5e-3).all()
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer(np.zeros((1, 64)))), 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_generation_in_low_precision(data, model, image, dtype):
+    """The cache is in the compute dtype; cached and uncached still agree."""
+    low = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype)
+    answer = low.generate(image, "ocr", max_new_tokens=5, details=True)
+    x = low.preprocessor.for_generation([[image]], ["ocr"])
+    length = x["token_ids"].shape[1]
+    x["token_ids"] = np.append(x["token_ids"], [answer.token_ids], axis=1)
+    x["suffix_mask"] = np.arange(length + 5)[None] >= length
+    del x["padding_mask"]
+    log_probs = ops.convert_to_numpy(ops.log_softmax(low(x), axis=-1))[0]
+    expected = [log_probs[length - 1 + i, token] for i, token in enumerate(answer.token_ids)]
+    np.testing.assert_allclose(answer.log_probs, expected, atol=0.5 if dtype == "bfloat16" else 0.1)
