@@ -500,22 +500,39 @@ def _certain_length(text, stop):
     return length
 
 
-def align_inputs(inputs):
+def align_inputs(inputs, vocab_size):
     """Tokenized inputs of a user to the layout of `token_steps`.
 
     Args:
+        vocab_size: int, V.
         inputs: dict of "images" float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1], "token_ids" int
             (B, T), and optionally "padding_mask" and "suffix_mask" bool (B, T); padding may
             be anywhere.
 
     Returns:
         dict of NumPy arrays, padding first.
+
+    Raises:
+        ValueError: if a row has no token, ids are no integers below `vocab_size`, or images are
+            not finite floats in [-1, 1].
     """
     inputs = {name: np.asarray(ops.convert_to_numpy(array)) for name, array in inputs.items()}
-    token_ids = inputs["token_ids"]
+    token_ids, images = inputs["token_ids"], inputs["images"]
+    if token_ids.dtype.kind not in "iu" or token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        raise ValueError(
+            f"`token_ids` must be integers in [0, {vocab_size}). Received: dtype "
+            f"{token_ids.dtype}, values in [{token_ids.min()}, {token_ids.max()}]"
+        )
+    if images.dtype.kind not in "fV" or not (np.abs(images.astype("float32")) <= 1.001).all():
+        raise ValueError(
+            "`images` that come with token ids must be finite floats in [-1, 1], as "
+            f"`preprocessor.load_images` makes them. Received: dtype {images.dtype}, values in "
+            f"[{images.min()}, {images.max()}]"
+        )
     padding_mask = inputs.get("padding_mask", np.ones_like(token_ids)).astype(bool)
     suffix_mask = inputs.get("suffix_mask", np.zeros_like(token_ids)).astype(bool)
-    images = inputs["images"]
+    if not padding_mask.any(axis=1).all():
+        raise ValueError("Each row of `padding_mask` must have at least one real token.")
     return {
         "images": images[:, None] if images.ndim == 4 else images,
         **align_right(

@@ -303,20 +303,22 @@ class PaliGemma2(keras.Model):
         options = (sampler, max_new_tokens, stop)
         examples = _as_examples(images, prompts, responses)
         if isinstance(examples, dict):
-            self._check(examples)
-            inputs = generation.align_inputs(examples)
+            inputs = self._align(examples)
             return generation.generate_batch(self, inputs, *options, seed)
-        results = []
         *columns, is_single = examples
+        count = len(columns[0])
+        if count > batch_size:  # a smaller last batch would be compiled anew
+            columns = [column + column[-1:] * (-count % batch_size) for column in columns]
         batches = [
             [column[start : start + batch_size] for column in columns]
-            for start in range(0, len(columns[0]), batch_size)
+            for start in range(0, count, batch_size)
         ]
         preprocessor = self._require_preprocessor()
+        results = []
         for number, inputs in enumerate(_backend.prefetch(preprocessor.for_generation, batches)):
             batch_seed = seed if seed is None or number == 0 else [seed, number]
             results += generation.generate_batch(self, inputs, *options, batch_seed)
-        results = results if details else [result.text for result in results]
+        results = results[:count] if details else [result.text for result in results[:count]]
         return results[0] if is_single else results
 
     def stream(
@@ -334,8 +336,9 @@ class PaliGemma2(keras.Model):
 
         Args: those of `generate`; all examples form one batch.
 
-        Yields:
-            str for one image and one prompt, else list of str: what was added to each answer.
+        Returns:
+            iterator over str for one image and one prompt, else over list of str: what was
+            added to each answer.
 
         Example:
             >>> for piece in model.stream("cat.jpg", "describe en"):
@@ -345,13 +348,16 @@ class PaliGemma2(keras.Model):
         examples = _as_examples(images, prompts, responses)
         preprocessor = self._require_preprocessor()
         if isinstance(examples, dict):
-            inputs, is_single = generation.align_inputs(examples), False
+            inputs, is_single = self._align(examples), False
         else:
             *columns, is_single = examples
             inputs = preprocessor.for_generation(*columns)
         pieces = generation.stream_batch(self, inputs, sampler, max_new_tokens, stop, seed)
-        for piece in pieces:
-            yield piece[0] if is_single else piece
+        return (piece[0] for piece in pieces) if is_single else pieces
+
+    def _align(self, inputs):
+        self._check(inputs)
+        return generation.align_inputs(inputs, self.config.text.vocab_size)
 
     def _check_options(self, max_new_tokens, sampler, stop, batch_size):
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):

@@ -77,7 +77,10 @@ def test_a_ragged_batch_equals_one_by_one(model, image, sampler):
 def test_batches_are_split(model, image):
     images = [image, image[::-1], image[:, ::-1]]
     whole = model.generate(images, "ocr", max_new_tokens=6)
+    model.generate(images[:2], "ocr", max_new_tokens=6)
+    before = list(model.programs.compilations)
     assert model.generate(images, "ocr", max_new_tokens=6, batch_size=2) == whole
+    assert model.programs.compilations == before  # the last batch is filled up
     assert len(set(whole)) > 1
 
 
@@ -399,6 +402,28 @@ def test_bad_dicts(model, image):
         model.generate({"images": image, "token_ids": np.ones((1, 3)), "mask": None})
     with pytest.raises(ValueError, match=r"\(B, 42, 42, 3\).*shape \(1, 50, 60, 3\)"):
         model.generate({"images": image[None], "token_ids": np.ones((1, 3))})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": np.full((1, 42, 42, 3), np.nan, "float32")}, "finite floats.*nan"),
+        ({"images": np.full((1, 42, 42, 3), 255, "float32")}, r"in \[-1, 1\].*255"),
+        ({"images": np.zeros((1, 42, 42, 3), "uint8")}, "dtype uint8"),
+        ({"token_ids": np.full((1, 3), 1664)}, r"integers in \[0, 1664\).*1664"),
+        ({"token_ids": np.ones((1, 3))}, "dtype float"),
+        ({"padding_mask": np.zeros((1, 3), bool)}, "at least one real token"),
+    ],
+)
+def test_bad_tokenized_inputs(model, changes, message):
+    inputs = {"images": np.zeros((1, 42, 42, 3), "float32"), "token_ids": np.full((1, 3), 2)}
+    with pytest.raises(ValueError, match=message):
+        model.generate(inputs | changes)
+
+
+def test_stream_checks_at_once(model, image):
+    with pytest.raises(ValueError, match="`max_new_tokens`"):
+        model.stream(image, "ocr", max_new_tokens=0)
 
 
 def test_empty_prompt_is_allowed(model, image):

@@ -9,7 +9,7 @@ from keras_pg2.linear import Linear
 
 # Root mean square of the error of the logits, relative to that of the logits. The tiny weights are
 # random and amplify rounding: transformers' own bfloat16 has 0.06 on one example of theirs.
-BOUNDS = {"bfloat16": 0.2, "mixed_bfloat16": 0.2, "float16": 0.02, "mixed_float16": 0.02}
+BOUNDS = {"bfloat16": 0.3, "mixed_bfloat16": 0.3, "float16": 0.02, "mixed_float16": 0.02}
 
 
 def _rms(x):
