@@ -7,6 +7,7 @@ operands with a float32 result, and variables without values.
 
 import concurrent.futures
 import contextlib
+import operator
 import threading
 
 import keras
@@ -47,9 +48,11 @@ class Programs:
     def __init__(self):
         self.compilations = []
         self._programs = {}
+        self._variables = []
+        self._sampler = None
         self._lock = threading.Lock()
 
-    def get(self, model, name, function, variables=(), donate=False):
+    def get(self, model, name, function, sampler=None, donate=False):
         """The compiled form of `function`.
 
         Args:
@@ -57,14 +60,22 @@ class Programs:
             name: hashable. `function` must do the same whenever the name is the same.
             function: callable, takes nested structures of tensors and returns one. It must
                 not update the variables of the model.
-            variables: list of keras.Variable that the function updates, as the state of a
-                seed generator.
+            sampler: keras_hub sampler or None, whose variables the function may update. Only
+                the programs of the last one are kept.
             donate: bool, whether the memory of the first argument may be reused.
 
         Returns:
             callable with the signature of `function`.
         """
         with self._lock:
+            # LoRA and quantization change the variables, and with them every program.
+            variables = model.variables
+            is_same = len(variables) == len(self._variables) and all(
+                map(operator.is_, variables, self._variables)
+            )
+            if not is_same or (sampler is not None and sampler is not self._sampler):
+                self._programs = {}
+                self._variables, self._sampler = variables, sampler
             if name not in self._programs:
 
                 def traced(*args):
@@ -72,7 +83,8 @@ class Programs:
                         self.compilations.append(name)
                     return function(*args)
 
-                self._programs[name] = _compile(model, traced, list(variables), donate)
+                updated = [] if sampler is None else sampler.variables
+                self._programs[name] = _compile(model, traced, updated, donate)
             return self._programs[name]
 
     def __deepcopy__(self, memo):
@@ -94,6 +106,7 @@ def _compile(model, function, updated, donate):
         jitted = jax.jit(stateless, donate_argnums=(2,) if donate else ())
 
         def run(*args):
+            model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
             values = [variable.value for variable in model.variables]
             outputs, new_values = jitted(values, [v.value for v in updated], *args)
             for variable, value in zip(updated, new_values):
@@ -136,7 +149,8 @@ def loop(step, state, max_steps, is_done):
     if BACKEND == "torch":
         for count in range(int(max_steps)):
             # On an accelerator each look at the device costs a wait.
-            if (count % 8 == 0 or not _on_accelerator()) and bool(is_done(state)):
+            done = is_done(state)
+            if (count % 8 == 0 or not done.is_cuda) and bool(done):
                 break
             state = step(state)
         return state
@@ -146,10 +160,6 @@ def loop(step, state, max_steps, is_done):
         (ops.zeros((), "int32"), state),
     )
     return state
-
-
-def _on_accelerator():
-    return torch.cuda.is_available()
 
 
 def prefetch(function, batches):
@@ -180,9 +190,13 @@ def write(buffer, values, index):
     """
     values = ops.cast(values, buffer.dtype)
     if BACKEND == "torch":
-        start, buffer = int(index), buffer.contiguous()  # a repeated row has no memory of its own
-        buffer[:, start : start + values.shape[1]] = values
-        return buffer
+        buffer = buffer.contiguous()  # a repeated row has no memory of its own
+        if isinstance(index, int):
+            buffer[:, index : index + values.shape[1]] = values
+            return buffer
+        # Without a look at the index, which would wait for the device.
+        places = index + torch.arange(values.shape[1], device=buffer.device)
+        return buffer.index_copy_(1, places, values)
     start = [0, index] + [0] * (len(buffer.shape) - 2)
     return ops.slice_update(buffer, start, values)
 
@@ -241,8 +255,8 @@ def fastest_dtype():
     if BACKEND == "jax":
         device = jax.devices()[0]
         if device.platform == "gpu":
-            is_ampere = float(getattr(device, "compute_capability", 8)) >= 8
-            return "bfloat16" if is_ampere else "float16"
+            is_old = getattr(device, "compute_capability", "8.0") in ("6.0", "6.1", "7.0", "7.5")
+            return "float16" if is_old else "bfloat16"
         return "float32" if device.platform == "cpu" else "bfloat16"
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
@@ -263,20 +277,33 @@ def to_numpy(tensors):
 def variables_without_values():
     """Variables made inside have a shape and a dtype, but neither values nor memory."""
     pending = list(global_state.get_global_attribute("uninitialized_variables", []))
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    # Otherwise Keras draws random values at the end of its next stateless scope.
-    global_state.set_global_attribute("uninitialized_variables", pending)
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        # Otherwise Keras draws random values at the end of its next stateless scope.
+        global_state.set_global_attribute("uninitialized_variables", pending)
 
 
-def set_value(variable, value):
-    """Gives a variable its value, whether it has one already or not.
+def set_value(variable, array):
+    """Gives a variable its value, whether it has one already or not; copies and casts once.
 
     Args:
         variable: keras.Variable.
-        value: array or tensor of the variable's shape; cast to its dtype.
+        array: NumPy array of the variable's shape, perhaps a transposed view of a file.
     """
+    if BACKEND == "torch":
+        # torch reads no ml_dtypes; the bits are the same. Strides stay as they are: a transposed
+        # kernel is copied in one go, and no slower in products.
+        is_bfloat16 = array.dtype.name == "bfloat16"
+        value = torch.from_numpy(array.view("int16") if is_bfloat16 else array)
+        value = value.view(torch.bfloat16) if is_bfloat16 else value
+        value = ops.convert_to_tensor(value.clone(), dtype=variable.dtype)
+    elif BACKEND == "jax":
+        value = jnp.array(array, dtype=variable.dtype, copy=True)
+    else:
+        value = tf.cast(tf.constant(array), variable.dtype)
     if variable._value is None:
-        variable._initialize(ops.convert_to_tensor(value, dtype=variable.dtype))
+        variable._initialize(value)
     else:
         variable.assign(value)

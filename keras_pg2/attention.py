@@ -141,7 +141,7 @@ def attention(query, key, value, mask=None, logit_softcap=None):
     Source: big_vision `models/ppp/gemma.py`, `Attention.__call__`.
     """
     query_length, key_length = query.shape[1], key.shape[1]
-    is_static = query_length is not None and key_length is not None
+    is_static = isinstance(query_length, int) and isinstance(key_length, int)
     chunk = max(1, _MAX_LOGITS // key_length) if is_static else None
     if not is_static or query_length <= chunk:
         return _attention(query, key, value, mask, logit_softcap)

@@ -30,8 +30,8 @@ class Greedy:
 class Sample:
     """A random token at each step. The filters apply in the order of the arguments.
 
-    The random numbers come from NumPy, one stream per row: a seed gives the same text on
-    every backend and in every batch that has the example in the same row.
+    The random numbers come from NumPy, one stream per example: a seed gives the same text on
+    every backend and with every batch size.
 
     Args:
         temperature: float, divides the logits; below 1 is closer to greedy.
@@ -64,6 +64,8 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class Beam:
     """Beam search for the answer of the highest log-probability, without length penalty.
+
+    Only answers that end within `max_new_tokens` count, be it too early.
 
     Args:
         num_beams: int, unfinished answers kept at each step.
@@ -132,7 +134,18 @@ def _is_keras_hub(sampler):
     return hasattr(sampler, "get_next_token") and hasattr(sampler, "compute_probabilities")
 
 
-def token_steps(model, inputs, sampler, max_new_tokens, seed, num_steps):
+def row_seeds(seed, count):
+    """One independent seed for each of `count` examples, from an int or None.
+
+    Raises:
+        ValueError: if `seed` is something else, or negative.
+    """
+    if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
+        raise ValueError(f"`seed` must be a non-negative integer or None. Received: seed={seed!r}")
+    return np.random.SeedSequence(seed).spawn(count)
+
+
+def token_steps(model, inputs, sampler, max_new_tokens, seeds, num_steps):
     """Generates tokens for one batch, some at a time.
 
     Args:
@@ -141,7 +154,7 @@ def token_steps(model, inputs, sampler, max_new_tokens, seed, num_steps):
             "padding_mask" and "suffix_mask" bool (B, T), padding first.
         sampler: see `get_sampler`.
         max_new_tokens: int.
-        seed: int or None.
+        seeds: list of B seeds, see `row_seeds`.
         num_steps: callable without arguments, how many tokens to generate next; its value
             may change from call to call.
 
@@ -152,33 +165,35 @@ def token_steps(model, inputs, sampler, max_new_tokens, seed, num_steps):
     The caller sends a bool (B,) array back, the rows that it declares done.
     """
     inputs, cache_length, buffer_length = _pad_to_buckets(model, inputs, max_new_tokens)
-    batch_size = len(inputs["token_ids"])
     inputs = tree.map_structure(ops.convert_to_tensor, inputs)
     if _is_keras_hub(sampler):
         yield _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens), None
         return
-    uniforms = np.zeros((batch_size, 0), "float32")
-    if isinstance(sampler, Sample):
-        seeds = np.random.SeedSequence(seed).spawn(batch_size)
-        uniforms = np.stack(
-            [1 - np.random.default_rng(row).random(buffer_length, "float32") for row in seeds]
-        )
     is_beam = isinstance(sampler, Beam)
+    choice, method = {}, sampler
+    if isinstance(sampler, Sample):
+        # Numbers are inputs of the programs, so that a new temperature compiles nothing.
+        streams = [np.random.default_rng(seed) for seed in seeds]
+        choice = {
+            "uniforms": np.stack([1 - rng.random(buffer_length, "float32") for rng in streams]),
+            "temperature": np.float32(sampler.temperature),
+            "top_k": np.int32(sampler.top_k or model.config.text.vocab_size),
+            "top_p": np.float32(sampler.top_p or 1),
+        }
+        method = "filtered" if sampler.top_k or sampler.top_p else "random"
     programs = model.programs
     prefill = programs.get(
         model,
-        ("prefill", sampler, cache_length, buffer_length),
-        lambda inputs, uniforms: _prefill(
-            model, sampler, inputs, uniforms, cache_length, buffer_length
-        ),
+        ("prefill", method, cache_length, buffer_length),
+        lambda inputs, choice: _prefill(model, method, inputs, choice, cache_length, buffer_length),
     )
     advance = programs.get(
         model,
-        ("decode", sampler),
-        lambda state, limit: _advance(model, sampler, state, limit),
+        ("decode", method),
+        lambda state, limit: _advance(model, method, state, limit),
         donate=True,
     )
-    state = prefill(inputs, ops.convert_to_tensor(uniforms))
+    state = prefill(inputs, tree.map_structure(ops.convert_to_tensor, choice))
     while True:
         names = ("best_tokens", "best_log_probs") if is_beam else ("tokens", "log_probs")
         tokens, log_probs, count, done = _backend.to_numpy(
@@ -221,8 +236,8 @@ def _pad_to_buckets(model, inputs, max_new_tokens):
 # The loop -----------------------------------------------------------------------------------
 
 
-def _prefill(model, sampler, inputs, uniforms, cache_length, buffer_length):
-    """Runs the prefix and chooses the first token."""
+def _prefill(model, method, inputs, choice, cache_length, buffer_length):
+    """Runs the prefix and chooses the first token; `choice` is what `method` needs to choose."""
     logits, _, cache = model.prefill(inputs, cache_length)
     batch_size = logits.shape[0]
     rows = (batch_size, buffer_length)
@@ -236,10 +251,10 @@ def _prefill(model, sampler, inputs, uniforms, cache_length, buffer_length):
         "done": ops.zeros((batch_size,), "bool"),
         "tokens": ops.full(rows, PAD_ID, "int32"),
         "log_probs": ops.zeros(rows, "float32"),
-        "uniforms": uniforms,
+        **choice,
     }
-    if isinstance(sampler, Beam):
-        beams = sampler.num_beams
+    if isinstance(method, Beam):
+        beams = method.num_beams
         scores = [[0.0] + [_NEVER] * (beams - 1)] * batch_size
         state |= {
             "cache": _repeat_cache(cache, beams),
@@ -251,27 +266,29 @@ def _prefill(model, sampler, inputs, uniforms, cache_length, buffer_length):
             "best_score": ops.full((batch_size,), 2 * _NEVER, "float32"),
         }
         logits = ops.repeat(logits, beams, axis=0)
-    return _choose(sampler, state, logits)
+    return _choose(method, state, logits)
 
 
-def _advance(model, sampler, state, limit):
+def _advance(model, method, state, limit):
     """Decodes until `limit` tokens are there or all rows are done."""
 
     def step(state):
         logits, _, cache = model.decode(state["token"], state["cache"], state["index"])
-        return _choose(sampler, state | {"cache": cache, "index": state["index"] + 1}, logits)
+        return _choose(method, state | {"cache": cache, "index": state["index"] + 1}, logits)
 
     return _backend.loop(step, state, limit - state["count"], lambda state: ops.all(state["done"]))
 
 
-def _choose(sampler, state, logits):
+def _choose(method, state, logits):
     """Appends one token to each row, given its logits float32 (B, V)."""
     log_probs = ops.log_softmax(logits, axis=-1)
-    if isinstance(sampler, Beam):
-        return _choose_beams(sampler, state, log_probs)
-    if isinstance(sampler, Sample):
-        uniform = ops.take(state["uniforms"], state["count"], axis=1)
-        token = _sample(sampler, logits, uniform)
+    if isinstance(method, Beam):
+        return _choose_beams(method, state, log_probs)
+    if method in ("random", "filtered"):
+        logits = logits / state["temperature"]
+        if method == "filtered":
+            logits = _filter(logits, state["top_k"], state["top_p"])
+        token = _sample(logits, ops.take(state["uniforms"], state["count"], axis=1))
     else:
         token = ops.cast(ops.argmax(logits, axis=-1), "int32")
     done = state["done"]
@@ -288,20 +305,20 @@ def _choose(sampler, state, logits):
     }
 
 
-def _sample(sampler, logits, uniform):
+def _filter(logits, top_k, top_p):
+    """Rules out all but the most likely tokens: `top_k`, then those that reach `top_p`."""
+    ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
+    lowest = ops.take(ordered, ops.minimum(top_k, logits.shape[-1]) - 1, axis=-1)[:, None]
+    ordered = ops.where(ordered < lowest, _NEVER, ordered)
+    cumulative = ops.cumsum(ops.softmax(ordered, axis=-1), axis=-1)
+    num_below = ops.sum(ops.cast(cumulative < top_p, "int32"), axis=-1, keepdims=True)
+    last = ops.minimum(num_below, logits.shape[-1] - 1)
+    lowest = ops.maximum(lowest, ops.take_along_axis(ordered, last, axis=-1))
+    return ops.where(logits < lowest, _NEVER, logits)
+
+
+def _sample(logits, uniform):
     """Token ids int32 (B,) at the quantile `uniform` float32 (B,) in (0, 1]."""
-    logits = logits / sampler.temperature
-    if sampler.top_k is not None:
-        top_k = min(sampler.top_k, logits.shape[-1])
-        lowest = ops.top_k(logits, top_k)[0][:, -1:]
-        logits = ops.where(logits < lowest, _NEVER, logits)
-    if sampler.top_p is not None:
-        ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
-        cumulative = ops.cumsum(ops.softmax(ordered, axis=-1), axis=-1)
-        num_below = ops.sum(ops.cast(cumulative < sampler.top_p, "int32"), axis=-1, keepdims=True)
-        last = ops.minimum(num_below, logits.shape[-1] - 1)
-        lowest = ops.take_along_axis(ordered, last, axis=-1)
-        logits = ops.where(logits < lowest, _NEVER, logits)
     cumulative = ops.cumsum(ops.softmax(logits, axis=-1), axis=-1)
     # Times the total, so that rounding never leads past the last token with a probability.
     target = uniform[:, None] * cumulative[:, -1:]
@@ -371,9 +388,9 @@ def _repeat_cache(cache, beams):
 
 def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
     """Runs the loop of a keras_hub sampler. Returns int32 (B, max_new_tokens)."""
-    num_image_tokens = inputs["images"].shape[1] * model.config.vision.num_tokens
 
     def function(inputs):
+        num_image_tokens = inputs["images"].shape[1] * model.config.vision.num_tokens
         batch_size, length = inputs["token_ids"].shape
         _, hidden, cache = model.prefill(inputs, cache_length)
         blank = ops.zeros((batch_size, max_new_tokens), "int32")
@@ -398,9 +415,9 @@ def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
 
     program = model.programs.get(
         model,
-        ("keras_hub", sampler, cache_length, max_new_tokens),
+        ("keras_hub", cache_length, max_new_tokens),
         function,
-        variables=sampler.variables,
+        sampler=sampler,
     )
     return _backend.to_numpy(program(inputs))
 
@@ -408,12 +425,12 @@ def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
 # Text ---------------------------------------------------------------------------------------
 
 
-def generate_batch(model, inputs, sampler, max_new_tokens, stop, seed):
+def generate_batch(model, inputs, sampler, max_new_tokens, stop, seeds):
     """Completes one batch.
 
     Args:
         model: PaliGemma2.
-        inputs, sampler, max_new_tokens, seed: see `token_steps`.
+        inputs, sampler, max_new_tokens, seeds: see `token_steps`.
         stop: tuple of str; an answer ends before the first of them.
 
     Returns:
@@ -421,7 +438,7 @@ def generate_batch(model, inputs, sampler, max_new_tokens, stop, seed):
     """
     # Strings are looked for in text, on the host, now and then.
     steps = token_steps(
-        model, inputs, sampler, max_new_tokens, seed, lambda: 16 if stop else max_new_tokens
+        model, inputs, sampler, max_new_tokens, seeds, lambda: 16 if stop else max_new_tokens
     )
     token_ids, log_probs = next(steps)
     while True:
@@ -440,7 +457,7 @@ def generate_batch(model, inputs, sampler, max_new_tokens, stop, seed):
     ]
 
 
-def stream_batch(model, inputs, sampler, max_new_tokens, stop, seed):
+def stream_batch(model, inputs, sampler, max_new_tokens, stop, seeds):
     """Completes one batch piece by piece.
 
     Args: those of `generate_batch`. Beam search knows no piece before its end.
@@ -448,30 +465,35 @@ def stream_batch(model, inputs, sampler, max_new_tokens, stop, seed):
     Yields:
         list of str, what became certain in each row since the last piece.
     """
+    is_beam = isinstance(sampler, Beam)
     seconds_per_token = 1.0
     steps = token_steps(
         # About ten pieces a second, of one token when tokens are slower.
-        *(model, inputs, sampler, max_new_tokens, seed),
-        lambda: max_new_tokens if isinstance(sampler, Beam) else math.ceil(0.1 / seconds_per_token),
+        *(model, inputs, sampler, max_new_tokens, seeds),
+        lambda: max_new_tokens if is_beam else math.ceil(0.1 / seconds_per_token),
     )
     token_ids, _ = next(steps)
     shown = [0] * len(token_ids)
     is_last = False
-    while not is_last:
+    while True:
         answers = [_answer(model, row, stop) for row in token_ids]
+        if is_last or not is_beam:
+            certain = [
+                text if is_stopped or is_last else text[: _certain_length(text, stop)]
+                for text, _, is_stopped in answers
+            ]
+            pieces = [text[length:] for text, length in zip(certain, shown)]
+            shown = [max(length, len(text)) for text, length in zip(certain, shown)]
+            if any(pieces):
+                yield pieces
+        if is_last:
+            return
         known, start = token_ids.shape[1], time.perf_counter()
         try:
             token_ids, _ = steps.send(np.array([is_stopped for *_, is_stopped in answers]))
             seconds_per_token = (time.perf_counter() - start) / max(1, token_ids.shape[1] - known)
         except StopIteration:
             is_last = True
-        if not isinstance(sampler, Beam) or is_last:
-            certain = [
-                text if is_stopped or is_last else text[: _certain_length(text, stop)]
-                for text, _, is_stopped in answers
-            ]
-            yield [text[length:] for text, length in zip(certain, shown)]
-            shown = [max(length, len(text)) for text, length in zip(certain, shown)]
 
 
 def _answer(model, token_ids, stop):

@@ -1,5 +1,6 @@
 """The model: vision tower, projector and decoder joined, and what users call."""
 
+import functools
 import json
 import os
 
@@ -70,44 +71,143 @@ class PaliGemma2(keras.Model):
         self.build()
 
     @classmethod
-    def from_preset(cls, preset, *, dtype="auto", tokenizer=None, **config_changes):
+    def from_preset(cls, preset, *, dtype="auto", image_size=None, tokenizer=None, **changes):
         """A model with the weights of a checkpoint, recognised by its content.
 
         Args:
-            preset: path of a Hugging Face folder (safetensors), a keras_hub preset folder or
-                a big_vision `.npz`.
+            preset: an official name ("paligemma2-3b-mix-224"), "hf://org/repo",
+                "kaggle://owner/model/framework/variation", or the path of our own, a Hugging
+                Face or a keras_hub folder, or of a big_vision `.npz`.
             dtype: dtype policy or its name; weights are cast while they are read. "auto" is
                 bfloat16 on accelerators and with torch, and float32 with JAX and TensorFlow
                 on a CPU, where their bfloat16 products are over ten times slower.
+            image_size: int or None. If it differs from the checkpoint's, the position embedding
+                is resampled, as big_vision does before training at another resolution.
             tokenizer: Tokenizer, path of a `tokenizer.model`, or None for the checkpoint's own.
-            **config_changes: config fields to change, such as `final_logit_softcap=None`.
+            **changes: config fields to change, such as `final_logit_softcap=None`.
 
         Returns:
             PaliGemma2. Its `preprocessor` is None if no tokenizer was found.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
+            PermissionError: if a licence must be accepted first; the message says where.
             ValueError: if it is damaged, of another model, or does not fit its config.
 
         Example:
-            >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-3b-mix-224/")
+            >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-3b-mix-224")
         """
         checkpoint = presets.find_checkpoint(preset)
-        config = checkpoint.config.replace(**config_changes)
+        weights = checkpoint.weights()
+        config = checkpoint.config
+        if image_size is not None:
+            resized = config.replace(image_size=image_size)
+            weights = io.resize_positions(weights, config, image_size)
+            config = resized
+        config = config.replace(**changes)
         tokenizer = tokenizer or checkpoint.tokenizer
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = Tokenizer.from_file(tokenizer)
-        preprocessor = tokenizer and Preprocessor(tokenizer, config.vision.image_size)
-        dtype = _backend.fastest_dtype() if dtype == "auto" else dtype
+        preprocessor = None
+        if tokenizer is not None:
+            size = config.vision.image_size
+            preprocessor = Preprocessor(tokenizer, size, **checkpoint.preprocessing)
         with _backend.variables_without_values():
-            model = cls(config, preprocessor, dtype=dtype)
-        with checkpoint.open() as tensors:
-            io.load_variables(model, tensors, checkpoint.format, config)
+            model = cls(
+                config, preprocessor, dtype=_backend.fastest_dtype() if dtype == "auto" else dtype
+            )
+        model.assign_weights(weights)
         return model
+
+    def assign_weights(self, weights):
+        """Gives every variable its value, one tensor in memory at a time.
+
+        Args:
+            weights: dict of path to `checkpoints.io.LazyTensor`, in our layout.
+
+        Raises:
+            ValueError: if paths or shapes differ; nothing is changed then.
+        """
+        variables = self.variables_by_path()
+        wrong = sorted(set(variables) ^ set(weights)) + [
+            f"{path}: expected {variables[path].shape}, found {weights[path].shape}"
+            for path in sorted(set(variables) & set(weights))
+            if tuple(variables[path].shape) != weights[path].shape
+        ]
+        if wrong:
+            raise ValueError(f"These weights do not fit the model: {', '.join(wrong)}")
+        # Largest first: while the embedding is copied, nothing else is in memory yet.
+        for path in sorted(weights, key=lambda path: -weights[path].num_bytes):
+            _backend.set_value(variables[path], weights[path].read())
+
+    def weights_by_path(self):
+        """The weights as `checkpoints.io.LazyTensor` by path, for writing."""
+        return {
+            path: io.LazyTensor(
+                tuple(variable.shape),
+                variable.dtype,
+                functools.partial(_backend.to_numpy, variable),
+            )
+            for path, variable in self.variables_by_path().items()
+        }
+
+    def save_to_preset(self, folder, *, overwrite=False):
+        """Writes weights, config, tokenizer and preprocessing to a folder for `from_preset`.
+
+        It is complete or not there at all: files are written under a temporary name first.
+
+        Args:
+            folder: path.
+            overwrite: bool, whether to replace what is there.
+
+        Raises:
+            FileExistsError: if `folder` exists and `overwrite` is False.
+        """
+        self._save(folder, "preset", overwrite=overwrite)
+
+    def save_hf(self, folder, *, dtype=None, overwrite=False):
+        """Writes a folder that transformers' `from_pretrained` loads, with processor files.
+
+        Args:
+            folder: path.
+            dtype: "float32", "bfloat16", "float16", or None for that of the variables.
+            overwrite: bool, whether to replace what is there.
+
+        Raises:
+            FileExistsError: if `folder` exists and `overwrite` is False.
+            ValueError: if transformers cannot express the config.
+        """
+        self._save(folder, "hf", dtype, overwrite)
+
+    def save_keras_hub(self, folder, *, dtype=None, overwrite=False):
+        """Writes a folder that `keras_hub.models.PaliGemmaCausalLM.from_preset` loads.
+
+        keras_hub 0.32 ignores its own 28B query scale; see README.
+
+        Args: those of `save_hf`.
+        """
+        self._save(folder, "keras-hub", dtype, overwrite)
+
+    def save_big_vision(self, path, *, dtype=None, overwrite=False):
+        """Writes a `.npz` that big_vision loads. It holds neither config nor tokenizer.
+
+        Args:
+            path: path of the file.
+            dtype, overwrite: see `save_hf`.
+        """
+        self._save(path, "big-vision", dtype, overwrite)
+
+    def _save(self, path, format, dtype=None, overwrite=False):
+        presets.save_checkpoint(
+            *(path, format, self.config, self.weights_by_path(), self.preprocessor),
+            dtype=dtype,
+            overwrite=overwrite,
+            verbose=self.count_params() > 10**8,
+        )
 
     def variables_by_path(self):
         """dict of path without the model's name, as "text/block_3/mlp/up/kernel", to variable."""
-        return {v.path.removeprefix(f"{self.name}/"): v for v in self.variables}
+        return {v.path.split(f"{self.name}/", 1)[-1]: v for v in self.variables}
 
     def build(self, input_shape=None):
         self.vision.build()
@@ -120,7 +220,7 @@ class PaliGemma2(keras.Model):
     def call(self, inputs, training=None):
         x, sequence = self._embed(inputs)
         hidden, _ = self.text(x, sequence["positions"], self._masks(sequence, sequence))
-        return self.text.logits(hidden[:, -inputs["token_ids"].shape[1] :])
+        return self.text.logits(hidden[:, self._num_image_tokens(inputs) :])
 
     def encode_images(self, images):
         """Pictures to tokens in the decoder's space.
@@ -133,10 +233,13 @@ class PaliGemma2(keras.Model):
         """
         size, num_tokens = self.config.vision.image_size, self.config.vision.num_tokens
         num_images = images.shape[1] if len(images.shape) == 5 else 1
-        tokens = self.vision(ops.reshape(images, (-1, size, size, 3)))
-        tokens = self.projector(tokens)
+        tokens = self.projector(self.vision(ops.reshape(images, (-1, size, size, 3))))
         tokens = ops.cast(tokens, activation_dtype(self.compute_dtype))
         return ops.reshape(tokens, (-1, num_images * num_tokens, self.config.text.width))
+
+    def _num_image_tokens(self, inputs):
+        shape = inputs["images"].shape
+        return (shape[1] if len(shape) == 5 else 1) * self.config.vision.num_tokens
 
     def prefill(self, inputs, cache_length):
         """Reads image, prefix and the beginning of a suffix, and fills a cache with them.
@@ -171,7 +274,7 @@ class PaliGemma2(keras.Model):
             cache=self.text.empty_cache(x.shape[0], cache_length),
             cache_index=0,
         )
-        hidden = hidden[:, -inputs["token_ids"].shape[1] :]
+        hidden = hidden[:, self._num_image_tokens(inputs) :]
         return self.text.logits(hidden[:, -1]), hidden, {"layers": layers, **cached}
 
     def decode(self, token_ids, cache, index):
@@ -246,10 +349,15 @@ class PaliGemma2(keras.Model):
                 f"[-1, 1]. Received: images of shape {shape}. `preprocessor.load_images` makes "
                 "such arrays from pictures of any size."
             )
+        text_shape = (shape[0], tuple(inputs["token_ids"].shape)[-1])
         for name in _TEXT_INPUTS:
-            if name in inputs and len(inputs[name].shape) != 2:
+            found = tuple(inputs[name].shape) if name in inputs else text_shape
+            if len(found) != 2 or any(
+                isinstance(a, int) and isinstance(b, int) and a != b
+                for a, b in zip(found, text_shape)
+            ):
                 raise ValueError(
-                    f"`{name}` must be (B, T). Received: shape {tuple(inputs[name].shape)}"
+                    f"`{name}` must be (B, T), here {text_shape}. Received: shape {found}"
                 )
 
     # Text generation
@@ -280,9 +388,11 @@ class PaliGemma2(keras.Model):
             max_new_tokens: int, most tokens to generate.
             sampler: "greedy", "random", "top_k", "top_p" or "beam"; a `Greedy`, `Sample` or
                 `Beam` object; or a `keras_hub.samplers.Sampler`.
-            seed: int or None, for `Sample`: the same seed gives the same text.
+            seed: int or None, for `Sample`: the same seed gives the same text, on every
+                backend and with every `batch_size`.
             stop: str or tuple of str; an answer ends before the first of them.
-            batch_size: int, examples in one batch. The next batch is read meanwhile.
+            batch_size: int, examples in one batch; the next batch is read meanwhile. Token ids
+                form one batch as they are.
             details: bool, whether to return `Generation` objects instead of texts.
 
         Returns:
@@ -304,7 +414,8 @@ class PaliGemma2(keras.Model):
         examples = _as_examples(images, prompts, responses)
         if isinstance(examples, dict):
             inputs = self._align(examples)
-            return generation.generate_batch(self, inputs, *options, seed)
+            seeds = generation.row_seeds(seed, len(inputs["token_ids"]))
+            return generation.generate_batch(self, inputs, *options, seeds)
         *columns, is_single = examples
         count = len(columns[0])
         if count > batch_size:  # a smaller last batch would be compiled anew
@@ -314,10 +425,11 @@ class PaliGemma2(keras.Model):
             for start in range(0, count, batch_size)
         ]
         preprocessor = self._require_preprocessor()
+        seeds = generation.row_seeds(seed, len(columns[0]))
         results = []
-        for number, inputs in enumerate(_backend.prefetch(preprocessor.for_generation, batches)):
-            batch_seed = seed if seed is None or number == 0 else [seed, number]
-            results += generation.generate_batch(self, inputs, *options, batch_seed)
+        for inputs in _backend.prefetch(preprocessor.for_generation, batches):
+            batch_seeds = seeds[len(results) : len(results) + batch_size]
+            results += generation.generate_batch(self, inputs, *options, batch_seeds)
         results = results[:count] if details else [result.text for result in results[:count]]
         return results[0] if is_single else results
 
@@ -345,17 +457,23 @@ class PaliGemma2(keras.Model):
             ...     print(piece, end="", flush=True)
         """
         sampler, stop = self._check_options(max_new_tokens, sampler, stop, 1)
+        if self.preprocessor is None:
+            raise ValueError(
+                "`stream` gives text, so the model needs a preprocessor: set `model.preprocessor "
+                "= keras_pg2.Preprocessor(tokenizer, image_size)`. `generate` gives token ids too."
+            )
         examples = _as_examples(images, prompts, responses)
-        preprocessor = self._require_preprocessor()
         if isinstance(examples, dict):
             inputs, is_single = self._align(examples), False
         else:
             *columns, is_single = examples
-            inputs = preprocessor.for_generation(*columns)
-        pieces = generation.stream_batch(self, inputs, sampler, max_new_tokens, stop, seed)
+            inputs = self.preprocessor.for_generation(*columns)
+        seeds = generation.row_seeds(seed, len(inputs["token_ids"]))
+        pieces = generation.stream_batch(self, inputs, sampler, max_new_tokens, stop, seeds)
         return (piece[0] for piece in pieces) if is_single else pieces
 
     def _align(self, inputs):
+        inputs = {name: ops.convert_to_numpy(array) for name, array in inputs.items()}
         self._check(inputs)
         return generation.align_inputs(inputs, self.config.text.vocab_size)
 
@@ -363,7 +481,7 @@ class PaliGemma2(keras.Model):
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(string, str) and string for string in stop):
             raise ValueError(f"`stop` must be one or more non-empty strings. Received: {stop!r}")
         if stop:

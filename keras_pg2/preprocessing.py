@@ -50,7 +50,6 @@ class Preprocessor:
         self.image_size = image_size
         self.sequence_length = sequence_length
         self.interpolation = interpolation
-        self._threads = None
 
     def get_config(self):
         """The arguments but the tokenizer."""
@@ -60,18 +59,15 @@ class Preprocessor:
             "interpolation": self.interpolation,
         }
 
-    def __deepcopy__(self, memo):
-        return Preprocessor(self.tokenizer, **self.get_config())
-
     # Pictures
 
     def load_image(self, image):
         """One picture to float32 (I, I, 3) in [-1, 1].
 
         Args:
-            image: a path; a PIL image of any mode (EXIF orientation is applied, alpha
-                dropped); or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 in
-                [0, 255] or float in [0, 1].
+            image: a path; a PIL image of any mode (EXIF orientation is applied, alpha dropped,
+                mode "F" read as levels in [0, 255]); or an array (H, W), (H, W, 1), (H, W, 3)
+                or (H, W, 4) of uint8 in [0, 255] or float in [0, 1].
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -111,11 +107,11 @@ class Preprocessor:
                 "`images` must hold the same number of images, at least one, for each "
                 f"example. Received: {[len(images) for images in examples]} images"
             )
-        if self._threads is None:
-            self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
-        flat = list(
-            self._threads.map(self.load_image, [image for images in examples for image in images])
-        )
+        # Threads of this call alone: a pool that stays would hang forked data loaders.
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            flat = list(
+                threads.map(self.load_image, [image for images in examples for image in images])
+            )
         return np.stack(flat).reshape(len(examples), counts.pop(), *flat[0].shape)
 
     # Texts
@@ -241,8 +237,8 @@ def batch_examples(images, prompts, responses=None):
     Raises:
         ValueError: if the numbers of images, prompts and responses differ, or are 0.
     """
-    if _is_array(images) and np.ndim(images) in (4, 5):
-        images = [list(item) if np.ndim(item) == 4 else item for item in np.asarray(images)]
+    if _is_array(images) and len(images.shape) in (4, 5):
+        images = [list(item) if item.ndim == 4 else item for item in _to_numpy(images)]
     one_image = not isinstance(images, (list, tuple))
     one_prompt = isinstance(prompts, str)
     images = [images] if one_image else list(images)
@@ -267,6 +263,15 @@ def _is_array(image):
     return hasattr(image, "__array__") and not isinstance(image, Image.Image)
 
 
+def _to_numpy(array):
+    """NumPy array of an array or of a tensor of any library, on any device."""
+    if hasattr(array, "detach"):  # torch
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    array = np.asarray(array)
+    return array.astype("float32") if array.dtype.name == "bfloat16" else array
+
+
 def _levels(image):
     """One picture to float32 (H, W, 3) in [0, 255]."""
     if isinstance(image, (str, os.PathLike)):
@@ -275,9 +280,7 @@ def _levels(image):
         return _pil_levels(image, "the PIL image")
     if not _is_array(image):
         raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r}")
-    if hasattr(image, "detach"):
-        image = image.detach().cpu()
-    image = np.asarray(image)
+    image = _to_numpy(image)
     received = f"Received: an array of shape {image.shape} and dtype {image.dtype}"
     if image.ndim == 2:
         image = image[..., None]
@@ -293,12 +296,14 @@ def _levels(image):
     elif np.issubdtype(image.dtype, np.floating):
         if not np.isfinite(image).all():
             raise ValueError(f"`images` must not contain NaN or infinity. {received}")
-        if image.min() < 0 or image.max() > 1:
+        low, high = image.min(), image.max()
+        if low < -1e-3 or high > 1 + 1e-3:  # resizing overshoots a little
+            remedy = "`(images + 1) / 2`" if low < 0 and high <= 1 else "`.astype('uint8')`"
             raise ValueError(
-                "A float array in `images` must be in [0, 1]; for levels in [0, 255] pass "
-                f"`.astype('uint8')`. {received} with values in [{image.min()}, {image.max()}]"
+                "A float array in `images` must be in [0, 1]. "
+                f"{received} with values in [{low}, {high}]. Pass {remedy}."
             )
-        levels = image.astype("float32") * 255
+        levels = np.clip(image.astype("float32"), 0, 1) * 255
     else:
         raise ValueError(f"`images` must be {_IMAGE_TYPES}. {received}")
     return np.repeat(levels, 3, axis=-1) if image.shape[-1] == 1 else levels[..., :3]
@@ -325,8 +330,9 @@ def _pil_levels(image, name):
         raise ValueError(f"An image must have at least one pixel. Received: {name}, {image.size}")
     try:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey
-            image = Image.fromarray(np.asarray(image).astype("float32") / 257)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image).astype("float32")
+            image = Image.fromarray(grey / 257 if grey.max() > 255 else grey)  # 16 or 8 bits
         return np.asarray(image.convert("RGB"), "float32")
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(

@@ -54,6 +54,17 @@ class Tokenizer:
         self._extra_tokens = {id: token for token, id in self._extra_ids.items()}
         self.vocab_size = max(num_pieces, self._first_extra + len(extra))
 
+    @property
+    def model_with_extra_tokens(self):
+        """The SentencePiece model with the location and segment tokens in it, as bytes."""
+        if self._first_extra < self._pieces.get_piece_size():
+            return self.model
+        # A protocol buffer grows by appending: field 1 is a piece, with its text (1), score (2)
+        # and type (3), here 4, user-defined.
+        pieces = [token.encode() for token in _LOCATIONS + _SEGMENTS]
+        fields = [b"\x0a%c%b\x15\0\0\0\0\x18\4" % (len(piece), piece) for piece in pieces]
+        return self.model + b"".join(b"\x0a%c%b" % (len(field), field) for field in fields)
+
     @classmethod
     def from_file(cls, path):
         """Reads `tokenizer.model`."""

@@ -84,6 +84,21 @@ def test_batches_are_split(model, image):
     assert len(set(whole)) > 1
 
 
+def test_keras_hub_samplers_with_more_images(model, image):
+    """An image more and fewer tokens of text, in a cache of the same length."""
+    samplers = pytest.importorskip("keras_hub").samplers
+    sampler = samplers.GreedySampler()
+    rng = np.random.default_rng(0)
+    for num_images, length in ((1, 19), (2, 10)):
+        inputs = {
+            "images": rng.uniform(-1, 1, (1, num_images, 42, 42, 3)).astype("float32"),
+            "token_ids": rng.integers(3, 500, (1, length)),
+        }
+        (answer,) = model.generate(inputs, sampler=sampler, max_new_tokens=6)
+        (expected,) = model.generate(inputs, max_new_tokens=6)
+        assert answer.token_ids.tolist() == expected.token_ids.tolist()
+
+
 def test_several_images_per_example(model, image):
     """Tokens of the images follow each other; their order matters."""
     pair = [image, image[::-1]]
@@ -141,6 +156,15 @@ def test_stream_joins_to_generate(model, image):
     assert "".join(pieces) == expected[0]
 
 
+def test_the_first_piece_needs_no_decoding(model, image, monkeypatch):
+    monkeypatch.setattr(model, "programs", _backend.Programs())
+    pieces = model.stream(image, PROMPTS[0], max_new_tokens=5)
+    monkeypatch.setattr(PaliGemma2, "decode", None)  # any call fails
+    assert next(pieces) == model.preprocessor.tokenizer.decode(
+        model.generate(image, PROMPTS[0], max_new_tokens=1, details=True).token_ids
+    )
+
+
 def test_stream_of_beams(model, image):
     expected = model.generate(image, "ocr", max_new_tokens=6, sampler="beam")
     assert "".join(model.stream(image, "ocr", max_new_tokens=6, sampler="beam")) == expected
@@ -156,6 +180,8 @@ def test_without_preprocessor(data, model, image):
     assert answer.token_ids.tolist() == expected.token_ids.tolist()
     with pytest.raises(ValueError, match="no preprocessor"):
         bare.generate(image, "ocr")
+    with pytest.raises(ValueError, match="`stream` gives text"):
+        bare.stream(inputs)
 
 
 # Ends
@@ -191,7 +217,7 @@ def test_the_loop_stops_early(model, image, monkeypatch):
         model.preprocessor.for_generation([[image]], ["ocr"]),
         Greedy(),
         200,
-        None,
+        [None],
         lambda: 200,
     )
     next(steps)
@@ -237,6 +263,7 @@ def test_rows_and_batches_differ(model, image):
     options = {"sampler": "random", "max_new_tokens": 12, "seed": 1}
     texts = model.generate([image] * 4, "ocr", batch_size=2, **options)
     assert len(set(texts)) == 4
+    assert model.generate([image] * 4, "ocr", **options) == texts
 
 
 def test_no_seed_is_random(model, image):
@@ -250,9 +277,11 @@ def test_the_same_text_on_every_backend(model, image):
 
 
 def _tokens(sampler, logits, uniforms):
-    logits = ops.convert_to_tensor(np.array(logits, "float32"))
+    logits = ops.convert_to_tensor(np.array(logits, "float32")) / sampler.temperature
+    if sampler.top_k or sampler.top_p:
+        logits = generation_module._filter(logits, sampler.top_k or 4, sampler.top_p or 1.0)
     uniforms = ops.convert_to_tensor(np.array(uniforms, "float32"))
-    return ops.convert_to_numpy(generation_module._sample(sampler, logits, uniforms)).tolist()
+    return ops.convert_to_numpy(generation_module._sample(logits, uniforms)).tolist()
 
 
 def test_sampling_is_the_inverse_of_the_distribution():
@@ -339,6 +368,16 @@ def test_20_prompt_lengths_compile_at_most_3_programs(data):
 
 
 @pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
+def test_a_new_temperature_compiles_nothing(model, image):
+    def generate(sampler):
+        model.generate(image, "ocr", max_new_tokens=3, sampler=sampler)
+        return list(model.programs.compilations)
+
+    before = generate(Sample(0.5, top_k=3))
+    assert generate(Sample(0.6, top_p=0.5)) == before
+
+
+@pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
 def test_stream_and_generate_share_programs(data, image):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
     model.generate(image, "ocr", max_new_tokens=9)
@@ -360,6 +399,8 @@ def test_stream_and_generate_share_programs(data, image):
         ({"sampler": 3}, "`sampler`"),
         ({"stop": ""}, "`stop`"),
         ({"stop": [3]}, "`stop`"),
+        ({"seed": -1}, "`seed` must be a non-negative integer"),
+        ({"seed": "7"}, "`seed`"),
         ({"max_new_tokens": 9000}, "at most 8192 tokens .*Shorten the prompt"),
     ],
 )
@@ -413,6 +454,9 @@ def test_bad_dicts(model, image):
         ({"token_ids": np.full((1, 3), 1664)}, r"integers in \[0, 1664\).*1664"),
         ({"token_ids": np.ones((1, 3))}, "dtype float"),
         ({"padding_mask": np.zeros((1, 3), bool)}, "at least one real token"),
+        ({"padding_mask": np.ones((1, 2), bool)}, r"`padding_mask` must be \(B, T\).*\(1, 2\)"),
+        ({"token_ids": np.full((2, 3), 2)}, r"`token_ids` must be \(B, T\)"),
+        ({"token_ids": [[2.0, 3.0]]}, "dtype float"),
     ],
 )
 def test_bad_tokenized_inputs(model, changes, message):

@@ -149,6 +149,35 @@ def test_fit_lowers_the_loss():
     assert history.history["loss"][-1] < 0.5 * history.history["loss"][0]
 
 
+def test_any_text_length(model, inputs):
+    """`predict` on batches of several lengths, where TensorFlow's shapes become dynamic."""
+    expected = _numpy(model(inputs))
+    for length in (10, 8, 7):
+        cut = {name: x if name == "images" else x[:, :length] for name, x in inputs.items()}
+        logits = model.predict(cut, verbose=0)
+        assert logits.shape == (2, length, 1664)
+    np.testing.assert_allclose(logits[1], expected[1, :7], atol=1e-4)
+
+
+def test_generate_in_the_middle_of_fit():
+    rng = np.random.default_rng(0)
+    model = PaliGemma2(_tiny(), dtype="float32")
+    x = {
+        "images": rng.uniform(-1, 1, (2, 28, 28, 3)).astype("float32"),
+        "token_ids": rng.integers(3, 50, (2, 6)).astype("int32"),
+    }
+    answers = []
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: answers.append(model.generate(x, max_new_tokens=2))
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.SGD(1.0), loss=loss)
+    model.fit(x, np.roll(x["token_ids"], -1, 1), epochs=2, callbacks=[callback], verbose=0)
+    after = model.generate(x, max_new_tokens=2)
+    assert answers[-1][0].log_probs.tolist() == pytest.approx(after[0].log_probs.tolist())
+    assert answers[0][0].log_probs[0] != answers[1][0].log_probs[0]
+
+
 def test_loss_equals_big_vision(data):
     """Mean over examples of the mean over suffix tokens, whatever the padding."""
     golden = np.load(data / "bv_tiny_paligemma2_expected.npz")

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from keras import ops
 from PIL import Image
 
 from keras_pg2.preprocessing import Preprocessor, batch_examples
@@ -60,11 +61,20 @@ def test_path_image_and_array_agree(preprocessor, image, tmp_path):
         np.testing.assert_array_equal(preprocessor.load_image(same), expected)
 
 
-def test_tensors_are_arrays(preprocessor, image):
-    from keras import ops
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "bfloat16"])
+def test_tensors_are_arrays(preprocessor, image, dtype):
+    tensor = ops.convert_to_tensor(image if dtype == "uint8" else image / 255, dtype)
+    expected = preprocessor.load_image(image)
+    tolerance = 0.01 if dtype == "bfloat16" else 0
+    np.testing.assert_allclose(preprocessor.load_image(tensor), expected, atol=tolerance)
+    ((first,), (second,)), *_ = batch_examples(ops.stack([tensor, tensor]), "x")
+    np.testing.assert_allclose(preprocessor.load_image(second), expected, atol=tolerance)
+    np.testing.assert_array_equal(first, second)
 
-    tensor = ops.convert_to_tensor(image)
-    np.testing.assert_array_equal(preprocessor.load_image(tensor), preprocessor.load_image(image))
+
+def test_a_little_overshoot_is_clipped(preprocessor, image):
+    levels = preprocessor.load_image(image / 255 * 1.0005)
+    assert levels.max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
@@ -165,7 +175,7 @@ def test_decompression_bomb(preprocessor, image, tmp_path, monkeypatch):
         (np.full((5, 5, 3), np.nan), "NaN"),
         (np.full((5, 5, 3), np.inf), "NaN or infinity"),
         (np.full((5, 5, 3), 255.0), "astype\\('uint8'\\)"),
-        (np.full((5, 5, 3), -0.5), "in \\[0, 1\\]"),
+        (np.full((5, 5, 3), -0.5), "in \\[0, 1\\].*\\(images \\+ 1\\) / 2"),
         (np.zeros((5, 5, 3), "int64"), "uint8 in \\[0, 255\\] or float.*int64"),
         (np.zeros((5, 5, 3), bool), "bool"),
         (np.zeros((5, 5, 3), complex), "complex128"),
@@ -271,9 +281,8 @@ def test_bad_options(tokenizer, options):
 
 
 def test_copies(preprocessor, image):
-    preprocessor.load_images([[image]])  # starts its threads
-    twin = copy.deepcopy(preprocessor)
-    assert twin.get_config() == preprocessor.get_config()
+    preprocessor.load_images([[image]])
+    assert copy.deepcopy(preprocessor).get_config() == preprocessor.get_config()
 
 
 # What users pass

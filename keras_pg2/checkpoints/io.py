@@ -1,222 +1,487 @@
-"""Streams tensors from checkpoint files into the variables of a model, one at a time."""
+"""Reads and writes checkpoint files tensor by tensor, so that no model is in memory twice.
+
+A checkpoint is a dict of `LazyTensor`. Its names are the format's own in `read_*` and `write_*`, and
+paths of our variables elsewhere; `to_ours` and `to_source` go between the two.
+"""
 
 import collections
 import contextlib
+import dataclasses
 import json
+import logging
 import os
-import re
+import tempfile
 import zipfile
+from collections.abc import Callable
 
 import h5py
 import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" once this is imported
 import numpy as np
 import safetensors
 
-from keras_pg2 import _backend
 from keras_pg2.checkpoints import names
 
+_LOG = logging.getLogger(__name__)
+_EMBEDDING = "text/embedding/embeddings"
+_POSITIONS = "vision/position_embedding"
+_MAX_SHARD_BYTES = 5 * 10**9
+HUGGING_FACE_FILLER_ROWS = 64  # after the vocabulary; the first of them is `<image>`
 
-class TensorFile:
-    """Named tensors of a checkpoint, read when asked for.
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when asked for.
 
     Attributes:
-        shapes: dict of name to shape, a tuple of int.
-        dtypes: dict of name to dtype, a str such as "bfloat16".
+        shape: tuple of int.
+        dtype: str, such as "bfloat16".
+        read: callable without arguments, gives a NumPy array, perhaps a read-only view of a file.
     """
 
-    def __init__(self, shapes, dtypes, read, stack):
-        self.shapes = shapes
-        self.dtypes = dtypes
-        self._read = read
-        self._stack = stack
+    shape: tuple
+    dtype: str
+    read: Callable
 
-    def __enter__(self):
-        return self
+    @property
+    def num_bytes(self):
+        """Bytes of its values."""
+        return int(np.prod(self.shape, dtype="int64")) * np.dtype(self.dtype).itemsize
 
-    def __exit__(self, *exception):
-        self._stack.close()
+    def cast(self, dtype):
+        """The tensor in another dtype; None changes nothing."""
+        if dtype in (None, self.dtype):
+            return self
+        return LazyTensor(self.shape, dtype, lambda: self.read().astype(dtype))
 
-    def read(self, name, index=()):
-        """One tensor, or a slice of it, as a NumPy array."""
-        return self._read(name, index)
 
+# Reading ------------------------------------------------------------------------------------
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def open_safetensors(folder):
-    """Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+def read_safetensors(folder, file_name="model.safetensors"):
+    """Tensors of a file, or of the shards that `<file_name>.index.json` lists.
+
+    Args:
+        folder: str.
+        file_name: str.
+
+    Returns:
+        dict of name to LazyTensor.
 
     Raises:
         FileNotFoundError: if neither exists, or a shard is missing.
-        ValueError: if a file is damaged or has tensors of other dtypes than floats.
+        ValueError: if a file is damaged, or has tensors of other dtypes than floats.
     """
-    index = os.path.join(folder, "model.safetensors.index.json")
+    index = os.path.join(folder, f"{file_name}.index.json")
+    shards = [file_name]
     if os.path.exists(index):
-        with open(index) as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    shapes, dtypes, owners = {}, {}, {}
-    with contextlib.ExitStack() as stack:
-        for shard in shards:
-            path = os.path.join(folder, os.path.basename(shard))
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"The checkpoint lacks the file {path!r}.")
-            try:
-                file = stack.enter_context(safetensors.safe_open(path, "np"))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(f"The file {path!r} is damaged: {error}") from error
-            for source in file.keys():  # noqa: SIM118  no Mapping
-                name = _canonical_name(source)
-                tensor = file.get_slice(source)
-                shapes[name] = tuple(tensor.get_shape())
-                dtypes[name] = _SAFETENSORS_DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
-                owners[name] = (file, source)
+        try:
+            with open(index) as file:
+                shards = sorted(set(json.load(file)["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"The file {index!r} is damaged: {error}") from error
+    tensors = {}
+    for shard in shards:
+        # `basename`: an index must not lead out of its folder.
+        path = os.path.join(folder, os.path.basename(shard))
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"The checkpoint lacks the file {path!r}.")
+        try:
+            with safetensors.safe_open(path, "np"):  # checks the header and the file's length
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"The file {path!r} is damaged: {error}") from error
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in _SAFETENSORS_DTYPES:
+                raise ValueError(
+                    f"The tensor {name!r} of {path!r} must be one of "
+                    f"{sorted(_SAFETENSORS_DTYPES)}. Received: {entry['dtype']}"
+                )
+            offset = 8 + length + entry["data_offsets"][0]
+            dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
+            tensors[name] = _mapped(path, tuple(entry["shape"]), dtype, offset)
+    return tensors
 
-        def read(name, index):
-            file, source = owners[name]
-            return file.get_tensor(source)[index]
 
-        return TensorFile(shapes, dtypes, read, stack.pop_all())
+def _mapped(path, shape, dtype, offset):
+    # Mapped anew at each reading, so that its memory is given back with the array.
+    def read():
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        # "c": the array may be written to, the file is not.
+        return np.memmap(path, np.dtype(dtype), "c", offset, shape or (1,)).reshape(shape)
+
+    return LazyTensor(shape, dtype, read)
 
 
-def _canonical_name(name):
-    for pattern, replacement in names.HUGGING_FACE_RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def read_npz(path):
+    """Tensors of a big_vision `.npz`. Objects inside are never unpickled.
 
+    Args:
+        path: str.
 
-def open_npz(path):
-    """Opens a big_vision `.npz`. Objects inside are never unpickled.
+    Returns:
+        dict of name to LazyTensor.
 
     Raises:
         ValueError: if the file is damaged or holds pickled objects.
     """
-    shapes, dtypes, offsets = {}, {}, {}
+    tensors = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            for name, info in members.items():
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
                 with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    read_header = {
-                        (1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0,
-                    }[version]
-                    shape, is_fortran, dtype = read_header(member)
-                    if dtype.hasobject or is_fortran:
-                        raise ValueError(f"the tensor {name!r} is a Python object or transposed")
-                    # big_vision writes bfloat16 as two bytes without a type.
-                    dtype = np.dtype("bfloat16") if dtype.str == "|V2" else dtype
-                    shapes[name], dtypes[name] = shape, dtype.name
-                    if info.compress_type == zipfile.ZIP_STORED:
-                        offsets[name] = (_data_offset(path, info) + member.tell(), dtype)
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+                    shape, dtype = _npy_header(member)
+                    header_length = member.tell()
+                if info.compress_type == zipfile.ZIP_STORED:
+                    offset = _data_offset(path, info) + header_length
+                    if offset + info.file_size - header_length > os.path.getsize(path):
+                        raise ValueError("it is too short")
+                    tensors[name] = _mapped(path, shape, dtype, offset)
+                else:
+                    tensors[name] = LazyTensor(
+                        shape, dtype, lambda name=name, dtype=dtype: _read_npz(path, name, dtype)
+                    )
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
         raise ValueError(f"The file {path!r} is damaged or no checkpoint: {error}") from error
+    return tensors
 
-    def read(name, index):
-        if name in offsets:  # maps the file, so that a slice of a stack reads no more
-            offset, dtype = offsets[name]
-            tensor = np.memmap(path, dtype, "r", offset, shapes[name] or (1,))
-            return np.array(tensor.reshape(shapes[name])[index])
-        with np.load(path, allow_pickle=False) as archive:
-            return archive[name].view(dtypes[name])[index]
 
-    return TensorFile(shapes, dtypes, read, contextlib.ExitStack())
+def _npy_header(file):
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, is_fortran, dtype = readers[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject or is_fortran:
+        raise ValueError("a tensor is a Python object, or in Fortran order")
+    # big_vision writes bfloat16 as two bytes without a type.
+    return shape, "bfloat16" if dtype.str == "|V2" else dtype.name
 
 
 def _data_offset(path, info):
-    """Where a member of a zip file begins: 30 bytes, its name and an extra field further on."""
+    """Where a member of a zip file begins: after 30 bytes, its name and an extra field."""
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)
         lengths = np.frombuffer(file.read(4), "<u2")
     return info.header_offset + 30 + int(lengths.sum())
 
 
-def open_h5(path):
-    """Opens a Keras `model.weights.h5`.
+def _read_npz(path, name, dtype):
+    with np.load(path, allow_pickle=False) as archive:
+        return archive[name].view(dtype)
+
+
+def read_h5(path):
+    """Tensors of a Keras `model.weights.h5`.
+
+    Args:
+        path: str.
+
+    Returns:
+        dict of name to LazyTensor.
 
     Raises:
         ValueError: if the file is damaged.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(h5py.File(path, "r"))
-        except OSError as error:
-            raise ValueError(f"The file {path!r} is damaged or no HDF5 file: {error}") from error
-        datasets = {}
-        file.visititems(
-            lambda name, item: datasets.update({name: item}) if hasattr(item, "shape") else None
-        )
-        dtypes = {
-            name: str(dataset.attrs.get("dtype", dataset.dtype))
-            for name, dataset in datasets.items()
-        }
+    tensors = {}
 
-        def read(name, index):
-            tensor = datasets[name][index]
-            return tensor.view("bfloat16") if tensor.dtype.kind == "V" else tensor
+    def add(name, item):
+        if isinstance(item, h5py.Dataset):
+            dtype = str(item.attrs.get("dtype", item.dtype))
+            tensors[name] = LazyTensor(item.shape, dtype, lambda: _read_h5(path, name, dtype))
 
-        shapes = {name: dataset.shape for name, dataset in datasets.items()}
-        return TensorFile(shapes, dtypes, read, stack.pop_all())
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(add)
+    except OSError as error:
+        raise ValueError(f"The file {path!r} is damaged or no HDF5 file: {error}") from error
+    return tensors
 
 
-def load_variables(model, tensors, format, config):
-    """Gives every variable of a model its value, one tensor in memory at a time.
+def _read_h5(path, name, dtype):
+    with h5py.File(path, "r") as file:
+        array = file[name][()]
+    return array.view(dtype) if array.dtype.kind == "V" else array.astype(dtype, copy=False)
+
+
+# Between a format's tensors and ours --------------------------------------------------------
+
+
+def to_ours(tensors, format, config):
+    """Tensors of a checkpoint by the paths of our variables, in our layout.
 
     Args:
-        model: PaliGemma2.
-        tensors: TensorFile.
+        tensors: dict of the format's name to LazyTensor.
         format: str, see `names.tensor_specs`.
         config: PaliGemmaConfig of the checkpoint.
 
+    Returns:
+        dict of path to LazyTensor.
+
     Raises:
-        ValueError: if tensors are missing, left over, or of another shape. All are named;
-            no variable is changed then.
+        ValueError: if tensors are missing, left over, or of another shape. All are named.
     """
+    if format == "hf":
+        tensors = {names.canonical_name(name): tensor for name, tensor in tensors.items()}
     specs = names.tensor_specs(format, config)
     _check_names(specs, tensors, format)
-    variables = model.variables_by_path()
-    if set(variables) != {spec.path for spec in specs}:
-        difference = set(variables) ^ {spec.path for spec in specs}
-        raise ValueError(f"Model and name table disagree on the variables {sorted(difference)}")
-    for spec in specs:
-        array = tensors.read(spec.name, spec.index)
-        if spec.path == "text/embedding/embeddings":
-            array = array[: config.text.vocab_size]  # Hugging Face pads the vocabulary
-        _backend.set_value(variables[spec.path], spec.to_ours(array))
+    _warn_of_untied_head(tensors)
+
+    def lazy(spec):
+        def read():
+            array = tensors[spec.name].read()[spec.index]
+            if spec.path == _EMBEDDING:
+                array = array[: config.text.vocab_size]  # Hugging Face pads the vocabulary
+            return spec.to_ours(array)
+
+        return LazyTensor(spec.shape, tensors[spec.name].dtype, read)
+
+    return {spec.path: lazy(spec) for spec in specs}
+
+
+def to_source(weights, format, config):
+    """The inverse of `to_ours`.
+
+    Args:
+        weights: dict of path to LazyTensor.
+        format: str, see `names.tensor_specs`.
+        config: PaliGemmaConfig.
+
+    Returns:
+        dict of the format's name to LazyTensor.
+    """
+    groups = collections.defaultdict(list)
+    for spec in names.tensor_specs(format, config):
+        groups[spec.name].append(spec)
+
+    def lazy(specs):
+        dtype = weights[specs[0].path].dtype
+        shape = names.stacked_shape(specs)
+        filler = HUGGING_FACE_FILLER_ROWS if (format, specs[0].path) == ("hf", _EMBEDDING) else 0
+        shape = (shape[0] + filler, *shape[1:])
+
+        def read():
+            if not specs[0].index:
+                array = specs[0].to_source(weights[specs[0].path].read())
+                return np.pad(array, ((0, filler), (0, 0))) if filler else array
+            stacked = np.empty(shape, dtype)
+            for spec in specs:
+                stacked[spec.index] = spec.to_source(weights[spec.path].read())
+            return stacked
+
+        return LazyTensor(shape, dtype, read)
+
+    return {name: lazy(specs) for name, specs in groups.items()}
+
+
+def resize_positions(weights, config, image_size):
+    """Resamples the position embedding to another image size, bilinearly between its corners.
+
+    Args:
+        weights: dict of path to LazyTensor, for `config`.
+        config: PaliGemmaConfig of the weights.
+        image_size: int, side of the new images in pixels.
+
+    Returns:
+        dict of path to LazyTensor.
+
+    Source: big_vision `models/vit.py`, `resample_posemb`.
+    """
+    old, new = (size // config.vision.patch_size for size in (config.vision.image_size, image_size))
+    if old == new:
+        return weights
+    tensor = weights[_POSITIONS]
+
+    def interpolate(grid):  # along the first axis
+        places = np.linspace(0, old - 1, new)
+        low = np.clip(np.floor(places).astype(int), 0, max(old - 2, 0))
+        share = (places - low).reshape(-1, 1, 1)
+        return grid[low] * (1 - share) + grid[np.minimum(low + 1, old - 1)] * share
+
+    def read():
+        grid = tensor.read().astype("float32").reshape(old, old, -1)
+        grid = interpolate(interpolate(grid).swapaxes(0, 1)).swapaxes(0, 1)
+        return grid.reshape(new * new, -1).astype(tensor.dtype)
+
+    shape = (new * new, tensor.shape[1])
+    return {**weights, _POSITIONS: LazyTensor(shape, tensor.dtype, read)}
+
+
+def _warn_of_untied_head(tensors):
+    for head in names.HUGGING_FACE_IGNORED:
+        if head in tensors:
+            embedding = tensors[names.HUGGING_FACE_EMBEDDING].read()
+            if not np.array_equal(tensors[head].read(), embedding):
+                _LOG.warning(
+                    "The head %r differs from the embedding, to which PaliGemma ties it. It is "
+                    "ignored: the answers will not be those of the model that was trained.",
+                    head,
+                )
 
 
 def _check_names(specs, tensors, format):
-    wanted = {spec.name for spec in specs}
-    ignored = names.HUGGING_FACE_IGNORED if format == "hf" else ()
-    missing = sorted(wanted - set(tensors.shapes))
-    extra = sorted(set(tensors.shapes) - wanted - set(ignored))
-    wrong = []
-    stacked = collections.defaultdict(list)
+    groups = collections.defaultdict(list)
     for spec in specs:
-        stacked[spec.name].append(spec)
-    for name, group in stacked.items():
-        if name not in tensors.shapes:
+        groups[spec.name].append(spec)
+    ignored = names.HUGGING_FACE_IGNORED if format == "hf" else ()
+    missing = sorted(set(groups) - set(tensors))
+    extra = sorted(set(tensors) - set(groups) - set(ignored))
+    wrong = []
+    for name, group in groups.items():
+        if name not in tensors:
             continue
-        indices = [spec.index for spec in group]
-        leading = tuple(max(axis) + 1 for axis in zip(*indices))
-        expected, found = leading + group[0].source_shape, tensors.shapes[name]
-        is_padded = group[0].path == "text/embedding/embeddings" and format == "hf"
-        if found != expected and not (
-            is_padded and found[1:] == expected[1:] and found[0] >= expected[0]
-        ):
+        expected, found = names.stacked_shape(group), tensors[name].shape
+        is_padded = group[0].path == _EMBEDDING and format == "hf"
+        fits = found[1:] == expected[1:] and found[0] >= expected[0] if is_padded else False
+        if found != expected and not fits:
             wrong.append(f"{name}: expected {expected}, found {found}")
+        if tensors[name].dtype not in _SAFETENSORS_DTYPES.values():
+            wrong.append(f"{name}: expected floats, found {tensors[name].dtype}")
     if missing or extra or wrong:
         raise ValueError(
             "The checkpoint does not fit its config.\n"
             f"Missing tensors ({len(missing)}): {_shorten(missing)}\n"
             f"Unknown tensors ({len(extra)}): {_shorten(extra)}\n"
-            f"Wrong shapes ({len(wrong)}): {_shorten(wrong)}"
+            f"Wrong tensors ({len(wrong)}): {_shorten(wrong)}"
         )
 
 
 def _shorten(items, limit=20):
     shown = items[:limit] + ([f"… {len(items) - limit} more"] if len(items) > limit else [])
     return ", ".join(shown) or "none"
+
+
+# Writing ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replace_when_done(path, overwrite=False):
+    """A new path beside `path`, which becomes `path` only if all goes well.
+
+    Args:
+        path: str, a file or folder to be.
+        overwrite: bool, whether something may be there already.
+
+    Yields:
+        str, a path in a new temporary folder on the same disk.
+
+    Raises:
+        FileExistsError: if `path` exists and `overwrite` is False.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(
+            f"{path!r} exists already. Choose another path, or pass `overwrite=True`."
+        )
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{os.path.basename(path)}-", dir=os.path.dirname(path)
+    ) as folder:
+        new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
+        yield new
+        if os.path.lexists(path):
+            os.rename(path, old)
+        os.rename(new, path)
+
+
+def write_safetensors(folder, tensors, progress, max_shard_bytes=_MAX_SHARD_BYTES):
+    """Writes `model.safetensors`, or shards and their index above `max_shard_bytes`.
+
+    Args:
+        folder: str, an existing folder.
+        tensors: dict of name to LazyTensor.
+        progress: callable with the number of bytes written since its last call.
+        max_shard_bytes: int.
+    """
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.num_bytes
+    if len(shards) == 1:
+        _write_shard(os.path.join(folder, "model.safetensors"), tensors, progress)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(os.path.join(folder, file_name), shard, progress)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(os.path.join(folder, "model.safetensors.index.json"), index)
+
+
+def _write_shard(path, tensors, progress):
+    # The library's `save_file` wants all values in memory at once.
+    codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.num_bytes
+        header[name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            _write_values(file, tensor, progress)
+
+
+def _write_values(file, tensor, progress):
+    array = np.ascontiguousarray(tensor.read().astype(tensor.dtype, copy=False))
+    file.write(memoryview(array.reshape(-1).view("uint8")))
+    progress(tensor.num_bytes)
+
+
+def write_npz(path, tensors, progress):
+    """Writes a big_vision `.npz`, bfloat16 as two bytes without a type, as released.
+
+    Args:
+        path: str.
+        tensors: dict of name to LazyTensor.
+        progress: callable with the number of bytes written since its last call.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, tensor in tensors.items():
+            descr = "|V2" if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).str
+            header = {"descr": descr, "fortran_order": False, "shape": tuple(tensor.shape)}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                _write_values(member, tensor, progress)
+
+
+def write_h5(path, tensors, progress):
+    """Writes a Keras `model.weights.h5`.
+
+    Args:
+        path: str.
+        tensors: dict of name to LazyTensor.
+        progress: callable with the number of bytes written since its last call.
+    """
+    with h5py.File(path, "w") as file:
+        for name, tensor in tensors.items():
+            dataset = file.create_dataset(name, data=np.ascontiguousarray(tensor.read()))
+            if tensor.dtype == "bfloat16":
+                dataset.attrs["dtype"] = "bfloat16"  # as Keras marks it
+            progress(tensor.num_bytes)
+
+
+def write_json(path, values):
+    """Writes indented JSON."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")

@@ -66,6 +66,7 @@ HUGGING_FACE_RENAMES = (  # regular expression, replacement; applied in this ord
     (r"^language_model\.(?!model\.|lm_head)", "language_model.model."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+HUGGING_FACE_EMBEDDING = "language_model.model.embed_tokens.weight"
 HUGGING_FACE_IGNORED = ("lm_head.weight", "language_model.lm_head.weight")  # tied
 
 _BIG_VISION = """
@@ -216,11 +217,24 @@ class TensorSpec:
         return array.transpose(order).reshape(self._shape(new))
 
 
+def canonical_name(name):
+    """The published name of a Hugging Face tensor, from that of any transformers release."""
+    for pattern, replacement in HUGGING_FACE_RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def stacked_shape(specs):
+    """Shape of the whole source tensor that `specs` are all the slices of."""
+    leading = tuple(max(axis) + 1 for axis in zip(*(spec.index for spec in specs)))
+    return leading + specs[0].source_shape
+
+
 def tensor_specs(format, config):
     """Where every variable of a model is in a checkpoint.
 
     Args:
-        format: "hf", "big-vision" or "keras-hub".
+        format: "hf", "big-vision", "keras-hub", or "preset", our own: paths are its names.
         config: PaliGemmaConfig.
 
     Returns:
@@ -249,11 +263,14 @@ def tensor_specs(format, config):
         },
     }
     depths = {"vision": vision.depth, "text": text.depth}
-    common, gemma1, gemma2 = _TABLES[format]
+    common, gemma1, gemma2 = _TABLES["hf" if format == "preset" else format]
     specs = []
     lines = (common + (gemma2 if text.use_post_norms else gemma1)).splitlines()
     for line in filter(None, lines):
         source, path, layout = line.split(maxsplit=2)
+        if format == "preset":
+            axes = layout.split(" -> ")[1]
+            source, layout = path, f"{axes} -> {axes}"
         tower = path.split("/")[0]
         for block in range(depths[tower] if "{}" in path else 1):
             suffix = f"_{block}" if block else ""

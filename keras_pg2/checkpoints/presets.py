@@ -1,12 +1,25 @@
-"""Finds out what a checkpoint is, and reads its config, tokenizer and preprocessing."""
+"""Finds out what a checkpoint is and where, and writes whole checkpoint folders."""
 
 import dataclasses
 import json
 import math
 import os
+import re
+
+import keras
+import tqdm
 
 from keras_pg2.checkpoints import io
 from keras_pg2.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
+
+FORMATS = ("preset", "hf", "keras-hub", "big-vision")
+_OFFICIAL = re.compile(
+    r"paligemma2-(3b|10b|28b)-(pt-(224|448|896)|mix-(224|448))"
+    r"|paligemma2-(3b|10b)-ft-docci-448"
+    r"|paligemma-3b-(pt-(224|448|896)|mix-(224|448)|ft-[a-z0-9-]+-(224|448|896))"
+)
+_HUB_FILES = ["*.json", "*.safetensors", "*.npz", "tokenizer.model", "*.weights.h5", "assets/**"]
+_PRESET_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,73 +27,176 @@ class Checkpoint:
     """What a checkpoint says of itself.
 
     Attributes:
-        format: str, "hf", "keras-hub" or "big-vision".
+        format: str, one of `FORMATS`.
         config: PaliGemmaConfig.
-        tokenizer: str or None, path of `tokenizer.model`.
-        path: str, the folder or file with the tensors.
+        path: str, the folder or file.
+        tokenizer: str or None, path of the tokenizer.
+        preprocessing: dict, arguments of `Preprocessor` other than the image size.
     """
 
     format: str
     config: PaliGemmaConfig
-    tokenizer: str | None
     path: str
+    tokenizer: str | None = None
+    preprocessing: dict = dataclasses.field(default_factory=dict)
 
-    def open(self):
-        """The tensors, as a TensorFile."""
-        if self.format == "hf":
-            return io.open_safetensors(self.path)
+    def weights(self):
+        """The tensors by the paths of our variables, as a dict of LazyTensor.
+
+        Raises:
+            ValueError: if files are damaged or do not fit the config.
+        """
         if self.format == "keras-hub":
-            return io.open_h5(os.path.join(self.path, "model.weights.h5"))
-        return io.open_npz(self.path)
+            path = os.path.join(self.path, "model.weights.h5")
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"The checkpoint lacks the file {path!r}.")
+            tensors = io.read_h5(path)
+        elif self.format == "big-vision":
+            tensors = io.read_npz(self.path)
+        else:
+            tensors = io.read_safetensors(self.path)
+        return io.to_ours(tensors, self.format, self.config)
+
+
+# Where --------------------------------------------------------------------------------------
 
 
 def find_checkpoint(preset):
-    """Recognises a checkpoint by its content.
+    """Fetches a checkpoint if need be, and recognises it by its content.
 
     Args:
-        preset: path of a Hugging Face or keras_hub folder, or of a big_vision `.npz`.
+        preset: an official name ("paligemma2-3b-mix-224"), "hf://org/repo" with "@revision" if
+            wanted, "kaggle://owner/model/framework/variation", or the path of our own, a
+            Hugging Face or a keras_hub folder, or of a big_vision `.npz`.
 
     Returns:
         Checkpoint.
 
     Raises:
-        FileNotFoundError: if there is nothing at that path.
+        FileNotFoundError: if there is nothing of that name.
+        PermissionError: if a licence must be accepted first.
         ValueError: if it is no PaliGemma checkpoint.
     """
     path = os.fspath(preset)
+    if not os.path.exists(path):
+        if _OFFICIAL.fullmatch(path):
+            path = _download_hugging_face(f"google/{path}")
+        elif path.startswith("hf://"):
+            path = _download_hugging_face(path.removeprefix("hf://"))
+        elif path.startswith("kaggle://"):
+            path = _download_kaggle(path.removeprefix("kaggle://"))
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        archives = [name for name in os.listdir(path) if name.endswith(".npz")]
+        if len(archives) == 1:
+            path = os.path.join(path, archives[0])
     if os.path.isfile(path) and path.endswith(".npz"):
-        with io.open_npz(path) as tensors:
-            config = _big_vision_config(tensors.shapes, path)
-        return Checkpoint("big-vision", config, None, path)
+        shapes = {name: tensor.shape for name, tensor in io.read_npz(path).items()}
+        return Checkpoint("big-vision", _big_vision_config(shapes, path), path)
     config_path = os.path.join(path, "config.json")
     if not os.path.exists(config_path):
         raise FileNotFoundError(
-            "`preset` must be the path of a folder with a config.json (Hugging Face or "
-            f"keras_hub), or of a big_vision .npz file. Received: preset={preset!r}"
+            "`preset` must be an official name such as 'paligemma2-3b-mix-224', hf://org/repo, "
+            "kaggle://owner/model/framework/variation, or the path of a folder with a config.json "
+            f"or of a big_vision .npz file. Received: preset={os.fspath(preset)!r}"
         )
-    with open(config_path) as file:
+    with open(config_path, encoding="utf-8") as file:
         try:
             values = json.load(file)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"The file {config_path!r} is no JSON: {error}") from error
+    return _recognise(path, config_path, values)
+
+
+def _recognise(path, config_path, values):
+    if not isinstance(values, dict):
+        raise ValueError(f"The config {config_path!r} must be a JSON object.")
     try:
+        if values.get("format") == "keras_pg2":
+            if values["version"] > _PRESET_VERSION:
+                raise ValueError(
+                    f"The preset {path!r} has version {values['version']}; this release reads up "
+                    f"to {_PRESET_VERSION}. Update keras-pg2."
+                )
+            return Checkpoint(
+                "preset",
+                PaliGemmaConfig.from_dict(values["config"]),
+                path,
+                _first_file(path, "tokenizer.model"),
+                values.get("preprocessing") or {},
+            )
         if values.get("model_type") == "paligemma":
-            tokenizer = os.path.join(path, "tokenizer.model")
-            return Checkpoint("hf", _hugging_face_config(values), _if_file(tokenizer), path)
+            tokenizer = _first_file(path, "tokenizer.model")
+            return Checkpoint("hf", _hugging_face_config(values), path, tokenizer)
         if values.get("class_name") == "PaliGemmaBackbone":
-            tokenizer = os.path.join(path, "assets", "tokenizer", "vocabulary.spm")
-            config = _keras_hub_config(values["config"])
-            return Checkpoint("keras-hub", config, _if_file(tokenizer), path)
+            tokenizer = _first_file(path, os.path.join("assets", "tokenizer", "vocabulary.spm"))
+            return Checkpoint("keras-hub", _keras_hub_config(values["config"]), path, tokenizer)
     except KeyError as error:
         raise ValueError(f"The config {config_path!r} lacks the field {error}.") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"The config {config_path!r} is not as expected: {error}") from error
     raise ValueError(
         f"The config {config_path!r} is of no PaliGemma model. "
         f"Received: model_type={values.get('model_type')!r}, class={values.get('class_name')!r}"
     )
 
 
-def _if_file(path):
-    return path if os.path.isfile(path) else None
+def _first_file(folder, *candidates):
+    paths = [os.path.join(folder, name) for name in candidates]
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def _download_hugging_face(handle):
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise ImportError(
+            "Downloading from Hugging Face needs `pip install huggingface_hub`."
+        ) from error
+    repository, _, revision = handle.partition("@")
+    page = f"https://huggingface.co/{repository}"
+    try:
+        return huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=_HUB_FILES
+        )
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{repository} is gated. Accept its licence at {page}, make an access token, and run "
+            "`hf auth login` (in a notebook: `huggingface_hub.login()`) or set HF_TOKEN."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no {handle} on Hugging Face, or it is private. Look at {page}, and run "
+            "`hf auth login` if it needs an account."
+        ) from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"`hf://{handle}` must be hf://org/repo: {error}") from error
+
+
+def _download_kaggle(handle):
+    try:
+        import kagglehub
+        from kagglehub.exceptions import KaggleApiHTTPError
+    except ImportError as error:
+        raise ImportError("Downloading from Kaggle needs `pip install kagglehub`.") from error
+    try:
+        return kagglehub.model_download(handle)
+    except KaggleApiHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            page = f"https://www.kaggle.com/models/{'/'.join(handle.split('/')[:2])}"
+            raise PermissionError(
+                f"Kaggle refused {handle}. Accept the licence at {page}, and log in with "
+                "`kagglehub.login()` or the variables KAGGLE_USERNAME and KAGGLE_KEY."
+            ) from error
+        raise FileNotFoundError(f"There is no {handle} on Kaggle: {error}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"`kaggle://{handle}` must be kaggle://owner/model/framework/variation: {error}"
+        ) from error
+
+
+# Configs of other libraries -----------------------------------------------------------------
 
 
 def _hugging_face_config(values):
@@ -114,10 +230,74 @@ def _hugging_face_config(values):
             final_logit_softcap=text.get("final_logit_softcapping", 30.0) if is_gemma2 else None,
             # `<image>` is the first row after the real tokens.
             vocab_size=values.get("image_token_index", 257_152),
+            max_positions=text.get("max_position_embeddings", 8_192),
             rope_base=float(text.get("rope_theta", rope.get("rope_theta", 10_000.0))),
             norm_eps=text.get("rms_norm_eps", 1e-6),
         ),
     )
+
+
+def _hugging_face_json(config, dtype):
+    """The config.json that transformers 4.46 and later read."""
+    vision, text = config.vision, config.text
+    text_config = {
+        "model_type": "gemma2" if text.use_post_norms else "gemma",
+        "hidden_size": text.width,
+        "num_hidden_layers": text.depth,
+        "intermediate_size": text.mlp_dim,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "head_dim": text.head_dim,
+        "vocab_size": text.vocab_size + io.HUGGING_FACE_FILLER_ROWS,
+        "num_image_tokens": vision.num_tokens,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": text.max_positions,
+        "rope_theta": text.rope_base,
+        "rms_norm_eps": text.norm_eps,
+        "torch_dtype": dtype,
+    }
+    if text.use_post_norms:
+        text_config |= {
+            "query_pre_attn_scalar": text.query_pre_attn_scalar,
+            "attn_logit_softcapping": text.attn_logit_softcap,
+            "final_logit_softcapping": text.final_logit_softcap,
+            # transformers has no "off"; no sequence is longer than this.
+            "sliding_window": text.sliding_window or text.max_positions,
+        }
+    elif text.attn_logit_softcap or text.final_logit_softcap:
+        raise ValueError("transformers has no soft caps for Gemma 1 (`use_post_norms=False`).")
+    elif text.query_pre_attn_scalar != text.head_dim:
+        raise ValueError(
+            "transformers scales the queries of Gemma 1 by head_dim ** -0.5. Received: "
+            f"query_pre_attn_scalar={text.query_pre_attn_scalar}, head_dim={text.head_dim}"
+        )
+    return {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "hidden_size": text.width,
+        "projection_dim": text.width,
+        "image_token_index": text.vocab_size,
+        "torch_dtype": dtype,
+        "text_config": text_config,
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": vision.width,
+            "num_hidden_layers": vision.depth,
+            "intermediate_size": vision.mlp_dim,
+            "num_attention_heads": vision.num_heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "layer_norm_eps": vision.norm_eps,
+            "num_image_tokens": vision.num_tokens,
+            "projection_dim": text.width,
+            "vision_use_head": False,
+            "torch_dtype": dtype,
+        },
+    }
 
 
 def _keras_hub_config(values):
@@ -149,6 +329,54 @@ def _keras_hub_config(values):
             norm_eps=values.get("layer_norm_epsilon", 1e-6),
         ),
     )
+
+
+def _keras_hub_json(config, dtype):
+    """The arguments of keras_hub's PaliGemmaBackbone."""
+    vision, text = config.vision, config.text
+    scalars = {text.head_dim: True, text.width / text.num_heads: False}
+    if text.query_pre_attn_scalar not in scalars:
+        raise ValueError(
+            f"keras_hub scales queries by one of {sorted(scalars)} ** -0.5. "
+            f"Received: query_pre_attn_scalar={text.query_pre_attn_scalar}"
+        )
+    if text.rope_base != 10_000.0:
+        raise ValueError(f"keras_hub has rope_base=10000. Received: rope_base={text.rope_base}")
+    return {
+        "name": "pali_gemma_backbone",
+        "trainable": True,
+        "dtype": _keras_json("keras", "DTypePolicy", {"name": dtype}),
+        "vocabulary_size": text.vocab_size,
+        "image_size": vision.image_size,
+        "num_layers": text.depth,
+        "num_query_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "hidden_dim": text.width,
+        "intermediate_dim": 2 * text.mlp_dim,
+        "head_dim": text.head_dim,
+        "vit_patch_size": vision.patch_size,
+        "vit_num_heads": vision.num_heads,
+        "vit_hidden_dim": vision.width,
+        "vit_num_layers": vision.depth,
+        "vit_intermediate_dim": vision.mlp_dim,
+        "query_head_dim_normalize": scalars[text.query_pre_attn_scalar],
+        "use_post_ffw_norm": text.use_post_norms,
+        "use_post_attention_norm": text.use_post_norms,
+        "final_logit_soft_cap": text.final_logit_softcap,
+        "attention_logit_soft_cap": text.attn_logit_softcap,
+        "use_sliding_window_attention": text.sliding_window is not None,
+        "sliding_window_size": text.sliding_window or 4096,
+        "layer_norm_epsilon": text.norm_eps,
+    }
+
+
+def _keras_json(module, class_name, config, registered_name=None):
+    return {
+        "module": module,
+        "class_name": class_name,
+        "config": config,
+        "registered_name": registered_name,
+    }
 
 
 def _big_vision_config(shapes, path):
@@ -191,3 +419,190 @@ def _big_vision_config(shapes, path):
     except (KeyError, ValueError) as error:
         raise ValueError(f"The file {path!r} is no big_vision PaliGemma: {error}") from error
     return PaliGemmaConfig(vision, decoder)
+
+
+# Writing ------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    path, format, config, weights, preprocessor=None, dtype=None, overwrite=False, verbose=True
+):
+    """Writes a checkpoint under a temporary name and renames it when it is complete.
+
+    Args:
+        path: path of a folder, or of a `.npz` file for "big-vision".
+        format: str, one of `FORMATS`.
+        config: PaliGemmaConfig.
+        weights: dict of path to LazyTensor, in our layout.
+        preprocessor: Preprocessor or None.
+        dtype: str or None, dtype to store; None keeps that of `weights`.
+        overwrite: bool, whether to replace what is there.
+        verbose: bool, whether to show progress.
+
+    Raises:
+        FileExistsError: if `path` exists and `overwrite` is False.
+        ValueError: if the format cannot express the config.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {FORMATS}. Received: format={format!r}")
+    weights = {name: tensor.cast(dtype) for name, tensor in weights.items()}
+    stored_dtype = next(iter(weights.values())).dtype
+    tensors = io.to_source(weights, format, config)
+    files = {}
+    if format == "hf":
+        files = _hugging_face_files(config, stored_dtype, preprocessor)
+    elif format == "keras-hub":
+        files = _keras_hub_files(config, stored_dtype, preprocessor, weights)
+    elif format == "preset":
+        files = _preset_files(config, preprocessor)
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    with (
+        tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=not verbose) as bar,
+        io.replace_when_done(path, overwrite) as new,
+    ):
+        if format == "big-vision":
+            io.write_npz(new, tensors, bar.update)
+            return
+        os.makedirs(new)
+        for name, content in files.items():
+            os.makedirs(os.path.dirname(os.path.join(new, name)), exist_ok=True)
+            if isinstance(content, bytes):
+                with open(os.path.join(new, name), "wb") as file:
+                    file.write(content)
+            else:
+                io.write_json(os.path.join(new, name), content)
+        if format == "keras-hub":
+            io.write_h5(os.path.join(new, "model.weights.h5"), tensors, bar.update)
+        else:
+            io.write_safetensors(new, tensors, bar.update)
+
+
+def _preset_files(config, preprocessor):
+    files = {
+        "config.json": {
+            "format": "keras_pg2",
+            "version": _PRESET_VERSION,
+            "config": config.to_dict(),
+            "preprocessing": preprocessor
+            and {k: v for k, v in preprocessor.get_config().items() if k != "image_size"},
+        }
+    }
+    if preprocessor is not None:
+        files["tokenizer.model"] = preprocessor.tokenizer.model
+    return files
+
+
+def _hugging_face_files(config, dtype, preprocessor):
+    files = {"config.json": _hugging_face_json(config, dtype)}
+    if preprocessor is None:
+        return files
+    size = config.vision.image_size
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    special |= {"unk_token": "<unk>", "additional_special_tokens": ["<image>"]}
+    return files | {
+        "preprocessor_config.json": {
+            "processor_class": "PaliGemmaProcessor",
+            "image_processor_type": "SiglipImageProcessor",
+            "image_seq_length": config.vision.num_tokens,
+            "size": {"height": size, "width": size},
+            "resample": 3,
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "GemmaTokenizer",
+            "processor_class": "PaliGemmaProcessor",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            **special,
+        },
+        "special_tokens_map.json": special,
+        "tokenizer.model": preprocessor.tokenizer.model_with_extra_tokens,
+    }
+
+
+def _keras_hub_files(config, dtype, preprocessor, weights):
+    hub = "keras_hub.src.models.pali_gemma."
+    backbone = _keras_json(
+        f"{hub}pali_gemma_backbone",
+        "PaliGemmaBackbone",
+        _keras_hub_json(config, dtype),
+        "keras_hub>PaliGemmaBackbone",
+    )
+    count = sum(math.prod(tensor.shape) for tensor in weights.values())
+    files = {
+        "config.json": backbone,
+        "metadata.json": {
+            "keras_version": keras.__version__,
+            "keras_hub_version": "0.32.0",
+            "parameter_count": count,
+            "tasks": ["CausalLM"],
+        },
+    }
+    if preprocessor is None:
+        return files
+    shared = {"trainable": True, "dtype": _keras_json("keras", "DTypePolicy", {"name": "float32"})}
+    tokenizer = _keras_json(
+        f"{hub}pali_gemma_tokenizer",
+        "PaliGemmaTokenizer",
+        {
+            "name": "pali_gemma_tokenizer",
+            "trainable": True,
+            "dtype": _keras_json("keras", "DTypePolicy", {"name": "int32"}),
+            "config_file": "tokenizer.json",
+            "proto": None,
+            "sequence_length": None,
+            "add_bos": False,
+            "add_eos": False,
+        },
+        "keras_hub>PaliGemmaTokenizer",
+    )
+    size = config.vision.image_size
+    image_converter = _keras_json(
+        f"{hub}pali_gemma_image_converter",
+        "PaliGemmaImageConverter",
+        {
+            "name": "pali_gemma_image_converter",
+            **shared,
+            "image_size": [size, size],
+            "scale": 1 / 127.5,
+            "offset": -1,
+            "interpolation": preprocessor.interpolation,
+            # keras_hub's own presets crop and do not antialias, unlike the training.
+            "antialias": True,
+            "crop_to_aspect_ratio": False,
+        },
+        "keras_hub>PaliGemmaImageConverter",
+    )
+    converter = _keras_json(
+        f"{hub}pali_gemma_causal_lm_preprocessor",
+        "PaliGemmaCausalLMPreprocessor",
+        {
+            "name": "pali_gemma_causal_lm_preprocessor",
+            **shared,
+            "tokenizer": tokenizer,
+            "image_converter": image_converter,
+            "config_file": "preprocessor.json",
+            "sequence_length": preprocessor.sequence_length,
+            "add_start_token": True,
+            "add_end_token": True,
+        },
+        "keras_hub>PaliGemmaCausalLMPreprocessor",
+    )
+    task = {"backbone": backbone, "preprocessor": converter, "name": "pali_gemma_causal_lm"}
+    return files | {
+        "tokenizer.json": tokenizer,
+        "image_converter.json": image_converter,
+        "preprocessor.json": converter,
+        "task.json": _keras_json(
+            f"{hub}pali_gemma_causal_lm", "PaliGemmaCausalLM", task, "keras_hub>PaliGemmaCausalLM"
+        ),
+        os.path.join("assets", "tokenizer", "vocabulary.spm"): (
+            preprocessor.tokenizer.model_with_extra_tokens
+        ),
+    }
