@@ -1,7 +1,7 @@
 """Reads and writes checkpoint files tensor by tensor, so that no model is in memory twice.
 
-A checkpoint is a dict of `LazyTensor`. Its names are the format's own in `read_*` and `write_*`, and
-paths of our variables elsewhere; `to_ours` and `to_source` go between the two.
+A checkpoint is a dict of `LazyTensor`. Its names are the format's own in `read_*` and `write_*`,
+and paths of our variables elsewhere; `to_ours` and `to_source` go between the two.
 """
 
 import collections
