@@ -79,7 +79,8 @@ class PaliGemma2(keras.Model):
             dtype: dtype policy or its name; weights are cast while they are read. "auto" is
                 bfloat16 on accelerators and with torch, and float32 with JAX and TensorFlow
                 on a CPU, where their bfloat16 products are over ten times slower.
-            tokenizer: Tokenizer, path of a `tokenizer.model`, or None for the checkpoint's own.
+            tokenizer: Tokenizer, path of a `tokenizer.model` or `tokenizer.json`, or None for
+                the checkpoint's own.
             **config_changes: config fields to change, such as `final_logit_softcap=None`.
 
         Returns:

@@ -16,7 +16,7 @@ class Checkpoint:
     Attributes:
         format: str, "hf", "keras-hub" or "big-vision".
         config: PaliGemmaConfig.
-        tokenizer: str or None, path of `tokenizer.model`.
+        tokenizer: str or None, path of `tokenizer.model` or `tokenizer.json`.
         path: str, the folder or file with the tensors.
     """
 
@@ -65,8 +65,10 @@ def find_checkpoint(preset):
             raise ValueError(f"The file {config_path!r} is no JSON: {error}") from error
     try:
         if values.get("model_type") == "paligemma":
-            tokenizer = os.path.join(path, "tokenizer.model")
-            return Checkpoint("hf", _hugging_face_config(values), _if_file(tokenizer), path)
+            names = ("tokenizer.model", "tokenizer.json")
+            found = [name for name in names if os.path.isfile(os.path.join(path, name))]
+            tokenizer = os.path.join(path, found[0]) if found else None
+            return Checkpoint("hf", _hugging_face_config(values), tokenizer, path)
         if values.get("class_name") == "PaliGemmaBackbone":
             tokenizer = os.path.join(path, "assets", "tokenizer", "vocabulary.spm")
             config = _keras_hub_config(values["config"])
