@@ -83,7 +83,8 @@ class PaliGemma2(keras.Model):
                 on a CPU, where their bfloat16 products are over ten times slower.
             image_size: int or None. If it differs from the checkpoint's, the position embedding
                 is resampled, as big_vision does before training at another resolution.
-            tokenizer: Tokenizer, path of a `tokenizer.model`, or None for the checkpoint's own.
+            tokenizer: Tokenizer, path of a `tokenizer.model` or `tokenizer.json`, or None for
+                the checkpoint's own.
             **changes: config fields to change, such as `final_logit_softcap=None`.
 
         Returns:

@@ -4,6 +4,8 @@ import re
 
 import sentencepiece
 
+from keras_pg2 import tokenizer_json
+
 PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
 NUM_LOCATIONS, NUM_SEGMENTS = 1024, 128
 
@@ -67,9 +69,22 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path):
-        """Reads `tokenizer.model`."""
+        """Reads `tokenizer.model`, or Hugging Face's `tokenizer.json`.
+
+        Args:
+            path: path of either file, recognised by its content.
+
+        Returns:
+            Tokenizer.
+
+        Raises:
+            FileNotFoundError: if there is no file.
+            ValueError: if it is neither, or has not PaliGemma's control ids.
+        """
         with open(path, "rb") as file:
-            return cls(file.read())
+            content = file.read()
+        is_json = content.startswith(b"{")  # no SentencePiece model starts so
+        return cls(tokenizer_json.sentencepiece_model(content) if is_json else content)
 
     def encode(self, text):
         """Token ids of a text, without `<bos>` and `<eos>`.

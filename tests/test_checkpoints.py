@@ -218,3 +218,16 @@ def test_known_query_scales(monkeypatch):
 def test_auto_dtype(data):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2")
     assert model.dtype_policy.name == _backend.fastest_dtype()
+
+
+def test_tokenizer_json_replaces_tokenizer_model(folder, model, image):
+    expected = model.generate(image, "caption en", max_new_tokens=8)
+    (folder / "tokenizer.json").rename(folder / "aside.json")
+    assert presets.find_checkpoint(folder).tokenizer == str(folder / "tokenizer.model")
+    (folder / "aside.json").rename(folder / "tokenizer.json")
+    assert presets.find_checkpoint(folder).tokenizer == str(folder / "tokenizer.model")
+    (folder / "tokenizer.model").unlink()
+    loaded = PaliGemma2.from_preset(folder, dtype="float32")
+    assert loaded.generate(image, "caption en", max_new_tokens=8) == expected
+    (folder / "tokenizer.json").unlink()
+    assert presets.find_checkpoint(folder).tokenizer is None

@@ -30,7 +30,7 @@ class Checkpoint:
         format: str, one of `FORMATS`.
         config: PaliGemmaConfig.
         path: str, the folder or file.
-        tokenizer: str or None, path of the tokenizer.
+        tokenizer: str or None, path of `tokenizer.model` or `tokenizer.json`.
         preprocessing: dict, arguments of `Preprocessor` other than the image size.
     """
 
@@ -125,7 +125,7 @@ def _recognise(path, config_path, values):
                 values.get("preprocessing") or {},
             )
         if values.get("model_type") == "paligemma":
-            tokenizer = _first_file(path, "tokenizer.model")
+            tokenizer = _first_file(path, "tokenizer.model", "tokenizer.json")
             return Checkpoint("hf", _hugging_face_config(values), path, tokenizer)
         if values.get("class_name") == "PaliGemmaBackbone":
             tokenizer = _first_file(path, os.path.join("assets", "tokenizer", "vocabulary.spm"))
