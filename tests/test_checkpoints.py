@@ -231,3 +231,245 @@ def test_tokenizer_json_replaces_tokenizer_model(folder, model, image):
     assert loaded.generate(image, "caption en", max_new_tokens=8) == expected
     (folder / "tokenizer.json").unlink()
     assert presets.find_checkpoint(folder).tokenizer is None
+
+
+# Writing
+
+
+def _read(tensors):
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+def _assert_equal(actual, expected):
+    assert set(actual) == set(expected)
+    for name, array in actual.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_round_trips_are_equal_bit_for_bit(data, tmp_path, version):
+    """Their file, our model, their file."""
+    changes = {"query_pre_attn_scalar": 10} if version == 2 else {}
+
+    folder = data / f"hf_tiny_paligemma{version}"
+    PaliGemma2.from_preset(folder, dtype="float32").save_hf(tmp_path / "hf")
+    ours, theirs = _read(io.read_safetensors(tmp_path / "hf")), _read(io.read_safetensors(folder))
+    embedding = names.HUGGING_FACE_EMBEDDING
+    assert ours[embedding].shape == theirs[embedding].shape
+    assert not ours[embedding][1664:].any()  # rows that no text has; theirs are random
+    theirs[embedding][1664:] = 0
+    _assert_equal(ours, theirs)
+
+    folder = data / f"keras_hub_tiny_paligemma{version}"
+    PaliGemma2.from_preset(folder, dtype="float32").save_keras_hub(tmp_path / "hub")
+    ours, theirs = (path / "model.weights.h5" for path in (tmp_path / "hub", folder))
+    _assert_equal(_read(io.read_h5(ours)), _read(io.read_h5(theirs)))
+
+    path = data / f"bv_tiny_paligemma{version}.npz"
+    model = PaliGemma2.from_preset(path, dtype="float32", **changes)
+    model.save_big_vision(tmp_path / "bv.npz")
+    _assert_equal(_read(io.read_npz(tmp_path / "bv.npz")), _read(io.read_npz(path)))
+
+    model.save_to_preset(tmp_path / "preset")
+    loaded = PaliGemma2.from_preset(tmp_path / "preset", dtype="float32")
+    assert loaded.config == model.config
+    _assert_equal(_read(loaded.weights_by_path()), _read(model.weights_by_path()))
+
+
+def test_bfloat16_npz_round_trip(data, tmp_path):
+    path = data / "bv_tiny_paligemma2.bf16.npz"
+    model = PaliGemma2.from_preset(path, dtype="bfloat16")
+    model.save_big_vision(tmp_path / "bv.npz")
+    _assert_equal(_read(io.read_npz(tmp_path / "bv.npz")), _read(io.read_npz(path)))
+    with np.load(tmp_path / "bv.npz") as archive:
+        assert archive["params/img/head/bias"].dtype.str == "|V2"  # as big_vision releases it
+
+
+def test_keras_hub_loads_what_we_write(data, tmp_path):
+    keras_hub = pytest.importorskip("keras_hub")
+    folder = data / "keras_hub_tiny_paligemma2"
+    golden = np.load(folder / "expected.npz")
+    PaliGemma2.from_preset(folder, dtype="float32").save_keras_hub(tmp_path / "hub")
+    loaded = keras_hub.models.PaliGemmaCausalLM.from_preset(str(tmp_path / "hub"), dtype="float32")
+    token_ids = golden["train_0_token_ids"][None]
+    logits = loaded(
+        {
+            "images": golden["images"][:1],
+            "token_ids": token_ids,
+            "padding_mask": np.ones_like(token_ids),
+            "response_mask": golden["train_0_response_mask"][None],
+        }
+    )
+    expected = golden["train_0_logits_from_last_prefix"]
+    error = np.abs(ops.convert_to_numpy(logits)[0, -len(expected) :] - expected).max()
+    assert error < 2e-5 * np.abs(expected).max()
+    images = np.zeros((1, 50, 60, 3), "uint8")
+    x = loaded.preprocessor.generate_preprocess({"images": images, "prompts": ["caption en\n"]})
+    assert ops.convert_to_numpy(x["token_ids"])[0, :6].tolist() == [2, 439, 366, 407, 381, 5]
+
+
+def test_files_for_transformers(model, tmp_path):
+    """Checked by hand with transformers 5.23: equal logits, and its processor gives our tokens."""
+    model.save_hf(tmp_path / "hf", dtype="bfloat16")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["image_token_index"] == 1664
+    assert config["text_config"]["vocab_size"] == 1728
+    assert config["torch_dtype"] == "bfloat16"
+    names_written = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert names_written == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    assert PaliGemma2.from_preset(tmp_path / "hf").config == model.config
+
+
+def test_shards_are_written_above_a_size(model, tmp_path):
+    tensors = io.to_source(model.weights_by_path(), "hf", model.config)
+    written = []
+    io.write_safetensors(tmp_path, tensors, written.append, max_shard_bytes=200_000)
+    assert sum(written) == sum(tensor.num_bytes for tensor in tensors.values())
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert len(shards) > 2
+    _assert_equal(_read(io.read_safetensors(tmp_path)), _read(tensors))
+    library = {}
+    for shard in shards:
+        library |= safetensors.numpy.load_file(tmp_path / shard)
+    _assert_equal(library, _read(tensors))
+
+
+def test_nothing_is_overwritten(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        model.save_to_preset(tmp_path / "out")
+    model.save_to_preset(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_configs_that_others_cannot_express(data, tmp_path):
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma1", final_logit_softcap=30.0)
+    with pytest.raises(ValueError, match="no soft caps for Gemma 1"):
+        model.save_hf(tmp_path / "hf")
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", query_pre_attn_scalar=7)
+    with pytest.raises(ValueError, match=r"keras_hub scales queries.*=7"):
+        model.save_keras_hub(tmp_path / "hub")
+    assert not list(tmp_path.iterdir())
+
+
+# Resolution
+
+
+def test_positions_resample_like_big_vision(data):
+    golden = np.load(data / "posemb_resample_bigvision.npz")
+    config = PaliGemmaConfig.from_variant("paligemma2-3b").replace(image_size=42)
+    source = next(golden[name] for name in golden.files if golden[name].shape[-2] == 9)
+    source = source.reshape(9, -1)
+    tensor = io.LazyTensor(source.shape, "float32", lambda: source)
+    for name in golden.files:
+        expected = golden[name].reshape(-1, source.shape[-1])
+        side = round(len(expected) ** 0.5)
+        weights = io.resize_positions({"vision/position_embedding": tensor}, config, 14 * side)
+        actual = weights["vision/position_embedding"]
+        assert actual.shape == expected.shape
+        np.testing.assert_allclose(actual.read(), expected, atol=1e-6)
+
+
+def test_another_image_size(data, model, image):
+    resized = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32", image_size=56)
+    assert resized.config.vision.num_tokens == 16
+    assert resized.preprocessor.image_size == 56
+    assert resized.generate(image, "ocr", max_new_tokens=2)
+    same = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32", image_size=42)
+    _assert_equal(_read(same.weights_by_path()), _read(model.weights_by_path()))
+
+
+# Hubs
+
+
+OFFICIAL = [
+    "paligemma2-3b-mix-224",
+    "paligemma2-28b-pt-896",
+    "paligemma2-10b-ft-docci-448",
+    "paligemma-3b-pt-224",
+    "paligemma-3b-ft-refcoco-seg-896",
+]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_names(data, monkeypatch, name):
+    hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    def download(repository, revision, allow_patterns):
+        calls.append((repository, revision))
+        assert "*.safetensors" in allow_patterns
+        return str(data / "hf_tiny_paligemma2")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert presets.find_checkpoint(name).format == "hf"
+    assert presets.find_checkpoint(f"hf://me/{name}@main").format == "hf"
+    assert calls == [(f"google/{name}", None), (f"me/{name}", "main")]
+
+
+@pytest.mark.parametrize("name", ["paligemma2-3b-mix-896", "paligemma2-28b-ft-docci-448", "gemma"])
+def test_unofficial_names(name):
+    with pytest.raises(FileNotFoundError, match="official name"):
+        presets.find_checkpoint(name)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        ("GatedRepoError", PermissionError, "Accept its licence at https.*hf auth login"),
+        ("RepositoryNotFoundError", FileNotFoundError, "no google/paligemma2-3b-pt-224"),
+        ("RevisionNotFoundError", FileNotFoundError, "no google/paligemma2-3b-pt-224"),
+    ],
+)
+def test_hugging_face_refuses(monkeypatch, error, expected, message):
+    hub = pytest.importorskip("huggingface_hub")
+    error = getattr(hub.errors, error)
+
+    def download(*args, **kwargs):
+        raise error.__new__(error, "no")  # their constructors want a response
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(expected, match=message):
+        presets.find_checkpoint("paligemma2-3b-pt-224")
+
+
+def test_kaggle(data, monkeypatch):
+    hub = pytest.importorskip("kagglehub")
+    monkeypatch.setattr(hub, "model_download", lambda handle: str(data / handle.split("/")[-1]))
+    preset = "kaggle://keras/paligemma2/keras/keras_hub_tiny_paligemma2"
+    assert presets.find_checkpoint(preset).format == "keras-hub"
+
+
+def test_kaggle_refuses(monkeypatch):
+    hub = pytest.importorskip("kagglehub")
+
+    def download(handle):
+        error = hub.exceptions.KaggleApiHTTPError.__new__(hub.exceptions.KaggleApiHTTPError, "no")
+        error.response = type("Response", (), {"status_code": 403})
+        raise error
+
+    monkeypatch.setattr(hub, "model_download", download)
+    with pytest.raises(PermissionError, match=r"licence at .*models/keras/paligemma2.*KAGGLE_KEY"):
+        presets.find_checkpoint("kaggle://keras/paligemma2/keras/pali_gemma2_mix_3b_224")
+
+
+def test_a_folder_with_one_npz(data, tmp_path):
+    """As Kaggle serves big_vision's files."""
+    shutil.copy(data / "bv_tiny_paligemma2.npz", tmp_path / "paligemma2.npz")
+    assert presets.find_checkpoint(tmp_path).format == "big-vision"
+
+
+def test_paths_in_an_index_stay_in_the_folder(folder):
+    index = {"weight_map": {"a": "../../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    secret = folder.parent.parent / "model.safetensors"
+    assert not secret.exists()
+    assert io.read_safetensors(folder)  # the file of that name inside
