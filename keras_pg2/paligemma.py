@@ -138,8 +138,10 @@ class PaliGemma2(keras.Model):
         if wrong:
             raise ValueError(f"These weights do not fit the model: {', '.join(wrong)}")
         # Largest first: while the embedding is copied, nothing else is in memory yet.
-        for path in sorted(weights, key=lambda path: -weights[path].num_bytes):
-            _backend.set_value(variables[path], weights[path].read())
+        paths = sorted(weights, key=lambda path: -weights[path].num_bytes)
+        arrays = _backend.prefetch(lambda path: weights[path].read(), [(path,) for path in paths])
+        for path, array in zip(paths, arrays):
+            _backend.set_value(variables[path], array)
 
     def weights_by_path(self):
         """The weights as `checkpoints.io.LazyTensor` by path, for writing."""

@@ -7,8 +7,10 @@ and paths of our variables elsewhere; `to_ours` and `to_source` go between the t
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 import tempfile
 import zipfile
@@ -35,7 +37,8 @@ class LazyTensor:
     Attributes:
         shape: tuple of int.
         dtype: str, such as "bfloat16".
-        read: callable without arguments, gives a NumPy array, perhaps a read-only view of a file.
+        read: callable, gives a NumPy array that nobody else holds. Those of the `read_*` functions
+            take the index of a slice along the first axes, and read no more.
     """
 
     shape: tuple
@@ -45,7 +48,7 @@ class LazyTensor:
     @property
     def num_bytes(self):
         """Bytes of its values."""
-        return int(np.prod(self.shape, dtype="int64")) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def cast(self, dtype):
         """The tensor in another dtype; None changes nothing."""
@@ -105,19 +108,38 @@ def read_safetensors(folder, file_name="model.safetensors"):
                 )
             offset = 8 + length + entry["data_offsets"][0]
             dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-            tensors[name] = _mapped(path, tuple(entry["shape"]), dtype, offset)
+            tensors[name] = _stored(path, tuple(entry["shape"]), dtype, offset)
     return tensors
 
 
-def _mapped(path, shape, dtype, offset):
-    # Mapped anew at each reading, so that its memory is given back with the array.
-    def read():
-        if 0 in shape:
-            return np.zeros(shape, dtype)
-        # "c": the array may be written to, the file is not.
-        return np.memmap(path, np.dtype(dtype), "c", offset, shape or (1,)).reshape(shape)
+def _stored(path, shape, dtype, offset):
+    """A tensor that lies in a file as it is."""
+
+    def read(index=()):
+        shape_read = shape[len(index) :]
+        size = math.prod(shape_read) * np.dtype(dtype).itemsize
+        number = int(np.ravel_multi_index(index, shape[: len(index)])) if index else 0
+        # Aligned to 64 bytes, jax takes the memory over without a copy. Mapping the file would
+        # be slower, page by page, and its pages would count as memory of this process.
+        buffer = np.empty(size + 64, "uint8")
+        start = -buffer.ctypes.data % 64
+        values = buffer[start : start + size]
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset + number * size)
+            done = 0
+            while done < size:  # one call reads 2 GB at most
+                count = file.readinto(memoryview(values[done:]))
+                if not count:
+                    raise ValueError(f"The file {path!r} is damaged: it ends too early.")
+                done += count
+        return values.view(dtype).reshape(shape_read)
 
     return LazyTensor(shape, dtype, read)
+
+
+def _sliced(shape, dtype, read):
+    """A tensor that is read as a whole before it is sliced."""
+    return LazyTensor(shape, dtype, lambda index=(): read()[index])
 
 
 def read_npz(path):
@@ -144,10 +166,10 @@ def read_npz(path):
                     offset = _data_offset(path, info) + header_length
                     if offset + info.file_size - header_length > os.path.getsize(path):
                         raise ValueError("it is too short")
-                    tensors[name] = _mapped(path, shape, dtype, offset)
+                    tensors[name] = _stored(path, shape, dtype, offset)
                 else:
-                    tensors[name] = LazyTensor(
-                        shape, dtype, lambda name=name, dtype=dtype: _read_npz(path, name, dtype)
+                    tensors[name] = _sliced(
+                        shape, dtype, functools.partial(_read_npz, path, name, dtype)
                     )
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
         raise ValueError(f"The file {path!r} is damaged or no checkpoint: {error}") from error
@@ -196,7 +218,8 @@ def read_h5(path):
     def add(name, item):
         if isinstance(item, h5py.Dataset):
             dtype = str(item.attrs.get("dtype", item.dtype))
-            tensors[name] = LazyTensor(item.shape, dtype, lambda: _read_h5(path, name, dtype))
+            read = functools.partial(_read_h5, path, name, dtype)
+            tensors[name] = _sliced(item.shape, dtype, read)
 
     try:
         with h5py.File(path, "r") as file:
@@ -237,7 +260,7 @@ def to_ours(tensors, format, config):
 
     def lazy(spec):
         def read():
-            array = tensors[spec.name].read()[spec.index]
+            array = tensors[spec.name].read(spec.index)
             if spec.path == _EMBEDDING:
                 array = array[: config.text.vocab_size]  # Hugging Face pads the vocabulary
             return spec.to_ours(array)
