@@ -442,7 +442,7 @@ class PaliGemma2(keras.Model):
                 f"LoRA is enabled on {len(enabled)} layers already. `drop_lora()` removes it, "
                 "after `merge_lora()` if the model is to keep what it learned."
             )
-        self.trainable = True  # a frozen tower would hide its LoRA
+        self._unfreeze()  # a frozen tower would hide its LoRA
         for variable in self.variables:
             if variable.trainable:
                 variable.trainable = False
@@ -498,7 +498,7 @@ class PaliGemma2(keras.Model):
         """
         for layer in self._require_lora().values():
             layer.drop_lora()
-        self.trainable = True
+        self._unfreeze()
         self._renew_programs()
 
     def save_adapter(self, folder, base_model=None):
@@ -547,6 +547,11 @@ class PaliGemma2(keras.Model):
         if not layers:
             raise ValueError("The model has no LoRA. Call `enable_lora` or `load_adapter` first.")
         return layers
+
+    def _unfreeze(self):
+        # With TensorFlow, setting an attribute to the value it has does nothing.
+        self.trainable = False
+        self.trainable = True
 
     def _renew_programs(self):
         """Forgets compiled programs, since they captured the set of variables."""
