@@ -270,6 +270,16 @@ def to_numpy(tensors):
     return keras.tree.map_structure(ops.convert_to_numpy, tensors)
 
 
+def track_variables(model):
+    """Makes torch see the variables that were added to or taken from layers after `build`.
+
+    Its modules keep a dict of their own, by which Keras clears the gradients.
+    """
+    if BACKEND == "torch":
+        for layer in model._flatten_layers():
+            layer._track_variables()
+
+
 # Variables without values -------------------------------------------------------------------
 
 

@@ -1,5 +1,10 @@
 """Linear maps: `Linear`, a Dense safe in float16, and `TokenEmbedding`, tied both ways."""
 
+import contextlib
+import dataclasses
+import math
+import numbers
+
 import keras
 from keras import ops
 
@@ -22,48 +27,272 @@ def activation_dtype(compute_dtype):
 
 
 class Linear(keras.layers.Dense):
-    """Dense over the last axis, kernel `(in, out)`.
+    """Dense over the last axis, kernel `(in, out)`, with LoRA computed factored.
 
     In float16 each row is scaled by a power of two before the product, so that neither the
     input nor the result leaves the range of float16, and scaled back in float32.
+
+    With LoRA the output is `x·W + b + alpha / rank · dropout(x)·A·B`; `W + A·B` is never made,
+    where Keras' Dense makes it in every step. Dense's own `lora_enabled` stays False, so its code
+    sees the plain kernel, quantized or not. Files hold W, A and B apart, W unmerged always.
 
     Args:
         units: int, size of the output.
         use_bias: bool.
         **kwargs: see `keras.layers.Dense`.
 
+    Attributes:
+        lora: LoraOptions, or None without LoRA.
+        lora_kernel_a, lora_kernel_b: float32 variables (in, rank) and (rank, units), or None.
+        is_merged: bool, whether the kernel holds A·B at the moment.
+
     Call arguments:
         inputs: float (..., in).
+        training: bool, whether LoRA's dropout acts.
 
     Returns:
         float (..., units) in `activation_dtype(compute_dtype)`.
+
+    Source: LoRA as in the paper arXiv 2106.09685 and in PEFT 0.21 `tuners/lora/layer.py`.
     """
 
     def __init__(self, units, use_bias=True, **kwargs):
         super().__init__(units, use_bias=use_bias, **kwargs)
         # Casting float32 activations to float16 on entry would overflow.
         self.autocast = False
+        self.lora = None
+        self.lora_kernel_a = self.lora_kernel_b = None
+        self._dropout_seed = None
+        self._unmerged_kernel = None
 
     def call(self, inputs, training=None):
-        kernel = ops.cast(self.kernel, self.compute_dtype)
-        if self.compute_dtype == "float16":
-            inputs = ops.cast(inputs, "float32")
-            largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
-            # The largest input becomes 1/32: sums of many products must fit too.
-            exponent = ops.ceil(ops.log2(ops.maximum(largest, 1e-30))) + 5
-            scale = ops.power(2.0, exponent)
-            outputs = ops.matmul(ops.cast(inputs / scale, "float16"), kernel)
-            outputs = ops.cast(outputs, "float32") * scale
-        else:
-            outputs = ops.matmul(ops.cast(inputs, self.compute_dtype), kernel)
+        outputs = self._matmul(inputs, self._kernel)
         if self.bias is not None:
             outputs = outputs + ops.cast(self.bias, outputs.dtype)
-        return outputs
+        return self._add_lora(outputs, inputs, training)
+
+    def quantized_call(self, inputs, training=None):
+        outputs = super().quantized_call(inputs, training=training)
+        return self._add_lora(outputs, inputs, training)
 
     def compute_output_spec(self, inputs, training=None):
         return keras.KerasTensor(
             (*inputs.shape[:-1], self.units), activation_dtype(self.compute_dtype)
         )
+
+    def _matmul(self, inputs, kernel):
+        kernel = ops.cast(kernel, self.compute_dtype)
+        if self.compute_dtype != "float16":
+            return ops.matmul(ops.cast(inputs, self.compute_dtype), kernel)
+        inputs = ops.cast(inputs, "float32")
+        largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
+        # The largest input becomes 1/32: sums of many products must fit too.
+        exponent = ops.ceil(ops.log2(ops.maximum(largest, 1e-30))) + 5
+        scale = ops.power(2.0, exponent)
+        outputs = ops.matmul(ops.cast(inputs / scale, "float16"), kernel)
+        return ops.cast(outputs, "float32") * scale
+
+    def _add_lora(self, outputs, inputs, training):
+        if self.lora is None or self.is_merged:
+            return outputs
+        if training and self.lora.dropout:
+            inputs = keras.random.dropout(inputs, self.lora.dropout, seed=self._dropout_seed)
+        update = self._matmul(self._matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
+        return outputs + ops.cast(update * self.lora.scale, outputs.dtype)
+
+    # LoRA
+
+    @property
+    def is_merged(self):
+        return self._unmerged_kernel is not None
+
+    def enable_lora(self, rank, alpha=None, dropout=0.0):
+        """Adds LoRA and freezes the kernel. The output stays what it was: B starts at zero.
+
+        Args:
+            rank: int.
+            alpha: float or None for `rank`; the update is multiplied by `alpha / rank`.
+            dropout: float in [0, 1), share of the inputs of A that is dropped in training.
+
+        Raises:
+            ValueError: if an option is out of range, the layer has LoRA or is not built.
+        """
+        options = LoraOptions(rank, rank if alpha is None else alpha, dropout)
+        if not self.built:
+            raise ValueError(f"Build the layer {self.name!r} before `enable_lora`.")
+        if self.lora is not None:
+            raise ValueError(
+                f"The layer {self.path!r} has LoRA of rank {self.lora.rank} already. Call "
+                "`drop_lora()` first."
+            )
+        with self._open_name_scope(), _unlocked(self):
+            self.lora_kernel_a = self.add_weight(
+                name="lora_kernel_a",
+                shape=(self._kernel.shape[0], rank),
+                # uniform in ±1/√in, as PEFT's kaiming_uniform with a = √5
+                initializer=keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform"),
+                dtype="float32",
+            )
+            self.lora_kernel_b = self.add_weight(
+                name="lora_kernel_b",
+                shape=(rank, self.units),
+                initializer="zeros",
+                dtype="float32",
+            )
+            if dropout:
+                self._dropout_seed = keras.random.SeedGenerator()
+        self._kernel.trainable = False
+        self.lora = options
+
+    def merge_lora(self):
+        """Adds `alpha / rank · A·B` to the kernel, in float32, and rounds once.
+
+        The kernel as it was waits in the memory of the host for `unmerge_lora`; `drop_lora`
+        frees it.
+
+        Raises:
+            ValueError: without LoRA, if merged already, or if the kernel is quantized.
+        """
+        self._require_lora(merged=False)
+        if self.quantization_mode is not None:
+            raise ValueError(
+                f"The kernel of {self.path!r} is quantized to {self.quantization_mode}, which is "
+                "too coarse to hold an update. Merge before `quantize`, or leave LoRA unmerged."
+            )
+        merged = self.merged_kernel()
+        kernel = ops.convert_to_numpy(self._kernel)
+        self._unmerged_kernel = kernel.astype(self._kernel.dtype)  # a copy
+        self._kernel.assign(merged)
+        self._set_lora_trainable(False)
+
+    def merged_kernel(self):
+        """The kernel with LoRA in it, if there is any, as a NumPy array of the kernel's dtype."""
+        kernel = ops.convert_to_numpy(self._kernel)
+        if self.lora is None or self.is_merged:
+            return kernel
+        # NumPy: the products of accelerators in float32 may be coarser.
+        a, b = (ops.convert_to_numpy(v) for v in (self.lora_kernel_a, self.lora_kernel_b))
+        merged = kernel.astype("float32") + self.lora.scale * (a @ b)
+        return merged.astype(self._kernel.dtype)
+
+    def unmerge_lora(self):
+        """Undoes `merge_lora`, bit for bit.
+
+        Raises:
+            ValueError: if not merged.
+        """
+        self._require_lora(merged=True)
+        self._kernel.assign(self._unmerged_kernel)
+        self._unmerged_kernel = None
+        self._set_lora_trainable(True)
+
+    def drop_lora(self):
+        """Removes LoRA for good; the kernel stays as it is, merged or not.
+
+        Raises:
+            ValueError: without LoRA.
+        """
+        self._require_lora()
+        variables = [self.lora_kernel_a, self.lora_kernel_b]
+        self.lora_kernel_a = self.lora_kernel_b = None
+        for variable in variables:
+            self._untrack_variable(variable)
+        self._tracker.untrack(self._dropout_seed)
+        self._dropout_seed = self._unmerged_kernel = self.lora = None
+
+    def _require_lora(self, merged=None):
+        if self.lora is None:
+            raise ValueError(f"The layer {self.path!r} has no LoRA. Call `enable_lora` first.")
+        if merged is not None and self.is_merged != merged:
+            state, method = ("merged", "unmerge") if self.is_merged else ("not merged", "merge")
+            raise ValueError(
+                f"LoRA of the layer {self.path!r} is {state}. Call `{method}_lora()` first."
+            )
+
+    def _set_lora_trainable(self, value):
+        self.lora_kernel_a.trainable = self.lora_kernel_b.trainable = value
+
+    # Quantization and saving, as Keras asks for it
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        if mode != "int8":
+            raise NotImplementedError(
+                f"Linear can be quantized to 'int8' alone. Received: mode={mode!r}"
+            )
+        if self.is_merged:
+            raise ValueError("Call `unmerge_lora()` or `drop_lora()` before `quantize`.")
+        with self._open_name_scope():  # else the new variables lose their path
+            super().quantize(mode, type_check=False, config=config)
+
+    def save_own_variables(self, store):
+        if not self.is_merged:
+            super().save_own_variables(store)
+        else:
+            store["0"] = ops.convert_to_tensor(self._unmerged_kernel, dtype=self._kernel.dtype)
+            if self.bias is not None:
+                store["1"] = self.bias
+        if self.lora is not None:
+            store["lora_kernel_a"] = self.lora_kernel_a
+            store["lora_kernel_b"] = self.lora_kernel_b
+
+    def load_own_variables(self, store):
+        if self.is_merged:
+            raise ValueError(f"LoRA of {self.path!r} is merged. Call `unmerge_lora()` first.")
+        names, has_lora = list(store.keys()), self.lora is not None
+        # Keras tries again under other paths, where it finds nothing, and shows the last error.
+        if not names or ("lora_kernel_a" in names) != has_lora:
+            raise ValueError(
+                f"The file does not fit the layer {self.path!r}, which has "
+                f"{'LoRA' if has_lora else 'no LoRA'}. Load a file with LoRA after `enable_lora` "
+                "with the options it was saved with, and a file without LoRA before it."
+            )
+        super().load_own_variables(store)
+        if has_lora:
+            self.lora_kernel_a.assign(store["lora_kernel_a"])
+            self.lora_kernel_b.assign(store["lora_kernel_b"])
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions:
+    """Options of the LoRA of one layer.
+
+    Attributes:
+        rank: int, the width between A and B.
+        alpha: float, the update is multiplied by `alpha / rank`.
+        dropout: float in [0, 1), share of the inputs of A that is dropped in training.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+
+    def __post_init__(self):
+        is_int = isinstance(self.rank, numbers.Integral) and not isinstance(self.rank, bool)
+        if not is_int or self.rank < 1:
+            raise ValueError(f"`rank` must be a positive integer. Received: rank={self.rank!r}")
+        if not _is_number(self.alpha) or self.alpha <= 0:
+            raise ValueError(f"`alpha` must be a positive number. Received: alpha={self.alpha!r}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={self.dropout!r}")
+
+    @property
+    def scale(self):
+        """`alpha / rank`."""
+        return self.alpha / self.rank
+
+
+def _is_number(x):
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+@contextlib.contextmanager
+def _unlocked(layer):
+    """Keras forbids new variables in a layer that is built."""
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
 
 
 class TokenEmbedding(keras.layers.ReversibleEmbedding):

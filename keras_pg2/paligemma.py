@@ -1,8 +1,11 @@
 """The model: vision tower, projector and decoder joined, and what users call."""
 
+import dataclasses
 import functools
 import json
+import logging
 import os
+import re
 
 import keras
 import numpy as np
@@ -10,15 +13,20 @@ from keras import ops
 
 from keras_pg2 import _backend, generation
 from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, token_positions
-from keras_pg2.checkpoints import io, presets
+from keras_pg2.checkpoints import adapters, io, presets
 from keras_pg2.config import PaliGemmaConfig
 from keras_pg2.gemma import GemmaDecoder
-from keras_pg2.linear import Linear, activation_dtype
+from keras_pg2.linear import Linear, LoraOptions, activation_dtype
 from keras_pg2.preprocessing import Preprocessor, batch_examples
 from keras_pg2.siglip import SiglipTower
 from keras_pg2.tokenizer import Tokenizer
 
 _TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask")
+_LORA_PATTERNS = {
+    "attention": r"^text/.*/(query|key|value|output)$",
+    "all-linear": r"^text/.*/(query|key|value|output|gate|up|down)$",
+}
+_logger = logging.getLogger(__name__)
 
 
 @keras.saving.register_keras_serializable("keras_pg2")
@@ -144,14 +152,31 @@ class PaliGemma2(keras.Model):
             _backend.set_value(variables[path], array)
 
     def weights_by_path(self):
-        """The weights as `checkpoints.io.LazyTensor` by path, for writing."""
+        """The weights as `checkpoints.io.LazyTensor` by path, for writing; LoRA is folded in.
+
+        Raises:
+            ValueError: if the model is quantized.
+        """
+        layers = self._linear_layers()
+        kernels = {f"{path}/kernel": layer for path, layer in layers.items()}
+        if any(layer.quantization_mode for layer in self._flatten_layers()):
+            raise ValueError(
+                "A quantized model cannot be written in this format. Save it before `quantize`, "
+                "or write a `.keras` file with `model.save`."
+            )
+
+        def read(path, variable):
+            layer = kernels.get(path)
+            return layer.merged_kernel() if layer else _backend.to_numpy(variable)
+
         return {
             path: io.LazyTensor(
-                tuple(variable.shape),
-                variable.dtype,
-                functools.partial(_backend.to_numpy, variable),
+                shape=tuple(variable.shape),
+                dtype=variable._dtype,
+                read=functools.partial(read, path, variable),
             )
             for path, variable in self.variables_by_path().items()
+            if "/lora_kernel_" not in path and "seed_generator" not in path
         }
 
     def save_to_preset(self, folder, *, overwrite=False):
@@ -500,19 +525,200 @@ class PaliGemma2(keras.Model):
             )
         return self.preprocessor
 
+    # LoRA
+
+    def enable_lora(
+        self, rank=8, alpha=None, dropout=0.0, pattern="text/.*(query|key|value|output)"
+    ):
+        """Adds LoRA to layers chosen by their paths, and freezes everything else.
+
+        Call `compile` after it, so that the optimizer knows the new variables.
+
+        Args:
+            rank: int.
+            alpha: float or None for `rank`; an update is multiplied by `alpha / rank`.
+            dropout: float in [0, 1), share of the inputs of LoRA that is dropped in training.
+            pattern: regular expression, searched in the paths of the linear layers, such as
+                "text/block_3/attention/query", "vision/block_0/mlp/up" or "projector". Or
+                "attention": the decoder's query, key, value and output; or "all-linear": also
+                its gate, up and down.
+
+        Raises:
+            ValueError: if an option is out of range, no layer matches, or LoRA is enabled.
+
+        Example:
+            >>> model.enable_lora(rank=8, alpha=16, pattern="all-linear")
+            >>> model.compile(optimizer=keras.optimizers.AdamW(1e-4), loss=loss)
+            >>> model.fit(x, y, sample_weight=weight)
+            >>> model.merge_lora()
+        """
+        options = LoraOptions(rank, rank if alpha is None else alpha, dropout)
+        paths = list(self._linear_layers())
+        regex = _LORA_PATTERNS.get(pattern, pattern)
+        matching = [path for path in paths if re.search(regex, path)]
+        if not matching:
+            raise ValueError(
+                f"`pattern` must match the path of a linear layer, as {paths[:3]} … {paths[-3:]}, "
+                f"or be one of {list(_LORA_PATTERNS)}. Received: pattern={pattern!r}"
+            )
+        self.enable_lora_on({path: options for path in matching})
+
+    def enable_lora_on(self, options):
+        """Adds LoRA with options of their own to the layers named, and freezes the rest.
+
+        Args:
+            options: dict of layer path to LoraOptions.
+
+        Raises:
+            ValueError: if a path is of no linear layer, or LoRA is enabled.
+        """
+        layers = self._linear_layers()
+        if unknown := sorted(set(options) - set(layers)):
+            raise ValueError(f"The model has no linear layers with the paths {unknown}")
+        if enabled := self.lora_layers():
+            raise ValueError(
+                f"LoRA is enabled on {len(enabled)} layers already. `drop_lora()` removes it, "
+                "after `merge_lora()` if the model is to keep what it learned."
+            )
+        self._unfreeze()  # a frozen tower would hide its LoRA
+        for variable in self.variables:
+            if variable.trainable:
+                variable.trainable = False
+        for path, layer_options in options.items():
+            layers[path].enable_lora(**dataclasses.asdict(layer_options))
+        self._renew_programs()
+        count, total = (
+            sum(int(np.prod(v.shape)) for v in variables)
+            for variables in (self.trainable_variables, self.variables)
+        )
+        _logger.info(
+            "LoRA on %d layers: %s of %s parameters are trainable.",
+            len(options),
+            f"{count:,}",
+            f"{total:,}",
+        )
+
+    def lora_layers(self):
+        """dict of path to each layer with LoRA."""
+        return {path: layer for path, layer in self._linear_layers().items() if layer.lora}
+
+    def merge_lora(self):
+        """Folds LoRA into the kernels, so that it costs no time; `unmerge_lora` takes it back.
+
+        The kernels as they were stay in the memory of the host until then, or `drop_lora`.
+
+        Raises:
+            ValueError: if LoRA is not enabled, is merged already, or a kernel is quantized.
+        """
+        # Quantized kernels first: they raise, before any other layer is changed.
+        layers = sorted(self._require_lora().values(), key=lambda x: x.quantization_mode is None)
+        for layer in layers:
+            layer.merge_lora()
+        self._renew_programs()
+
+    def unmerge_lora(self):
+        """Gives the kernels back the values they had before `merge_lora`, bit for bit.
+
+        Raises:
+            ValueError: if LoRA is not merged.
+        """
+        for layer in self._require_lora().values():
+            layer.unmerge_lora()
+        self._renew_programs()
+
+    def drop_lora(self):
+        """Removes LoRA for good: the model is a plain one again, and trainable as a whole.
+
+        After `merge_lora` it keeps what LoRA learned, else it loses it.
+
+        Raises:
+            ValueError: if LoRA is not enabled.
+        """
+        for layer in self._require_lora().values():
+            layer.drop_lora()
+        self._unfreeze()
+        self._renew_programs()
+
+    def save_adapter(self, folder, base_model=None):
+        """Writes LoRA alone, as PEFT does: `adapter_config.json`, `adapter_model.safetensors`.
+
+        Args:
+            folder: path, made if missing.
+            base_model: str or None, name or path of the model that the adapter belongs to, as
+                "google/paligemma2-3b-pt-224"; PEFT's `AutoPeftModel` asks for it.
+
+        Raises:
+            ValueError: if LoRA is not enabled.
+
+        Example:
+            >>> model.save_adapter("adapter/", base_model="google/paligemma2-3b-pt-224")
+        """
+        adapters.save_adapter(self, folder, base_model)
+
+    def load_adapter(self, folder):
+        """Enables LoRA on the layers that an adapter of PEFT or `save_adapter` has.
+
+        Args:
+            folder: path with `adapter_config.json` and `adapter_model.safetensors`.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if the adapter is damaged, of a kind that is not supported (DoRA, trained
+                biases, …) or does not fit the model, or LoRA is enabled.
+
+        Example:
+            >>> model.load_adapter("adapter/")
+            >>> model.merge_lora()
+        """
+        adapters.load_adapter(self, folder)
+
+    def quantize(self, mode=None, config=None, **kwargs):
+        super().quantize(mode, config=config, **kwargs)
+        self._renew_programs()
+
+    def _linear_layers(self):
+        layers = [layer for layer in self._flatten_layers() if isinstance(layer, Linear)]
+        return {layer.path.removeprefix(f"{self.name}/"): layer for layer in layers}
+
+    def _require_lora(self):
+        layers = self.lora_layers()
+        if not layers:
+            raise ValueError("The model has no LoRA. Call `enable_lora` or `load_adapter` first.")
+        return layers
+
+    def _unfreeze(self):
+        # With TensorFlow, setting an attribute to the value it has does nothing.
+        self.trainable = False
+        self.trainable = True
+
+    def _renew_programs(self):
+        """Forgets compiled programs, since they captured the set of variables."""
+        self.programs = _backend.Programs()
+        self.train_function = self.test_function = self.predict_function = None
+        _backend.track_variables(self)
+
     # Saving, as Keras asks for it
 
     def get_config(self):
-        return {
+        config = {
             **super().get_config(),
             "config": self.config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
         }
+        if layers := self.lora_layers():
+            config["lora"] = {
+                path: dataclasses.asdict(layer.lora) for path, layer in layers.items()
+            }
+        return config
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
-        return cls(PaliGemmaConfig.from_dict(config.pop("config")), **config)
+        lora = config.pop("lora", None)
+        model = cls(PaliGemmaConfig.from_dict(config.pop("config")), **config)
+        if lora:
+            model.enable_lora_on({path: LoraOptions(**options) for path, options in lora.items()})
+        return model
 
     def save_assets(self, folder):
         if self.preprocessor is None:

@@ -371,13 +371,15 @@ def _check_names(specs, tensors, format):
     if missing or extra or wrong:
         raise ValueError(
             "The checkpoint does not fit its config.\n"
-            f"Missing tensors ({len(missing)}): {_shorten(missing)}\n"
-            f"Unknown tensors ({len(extra)}): {_shorten(extra)}\n"
-            f"Wrong tensors ({len(wrong)}): {_shorten(wrong)}"
+            f"Missing tensors ({len(missing)}): {shorten(missing)}\n"
+            f"Unknown tensors ({len(extra)}): {shorten(extra)}\n"
+            f"Wrong tensors ({len(wrong)}): {shorten(wrong)}"
         )
 
 
-def _shorten(items, limit=20):
+def shorten(items, limit=20):
+    """The first items of a list, sorted, for an error."""
+    items = sorted(items)
     shown = items[:limit] + ([f"… {len(items) - limit} more"] if len(items) > limit else [])
     return ", ".join(shown) or "none"
 
