@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 
 import keras
 import numpy as np
@@ -224,6 +225,27 @@ class PaliGemma2(keras.Model):
             dtype, overwrite: see `save_hf`.
         """
         self._save(path, "big-vision", dtype, overwrite)
+
+    def upload_preset(self, target, *, format="preset", dtype=None):
+        """Writes the model to a temporary folder and uploads it to Hugging Face or Kaggle.
+
+        Args:
+            target: "hf://org/repo", or "kaggle://owner/model/framework/variation".
+            format: "preset" (ours), "hf" or "keras-hub".
+            dtype: see `save_hf`.
+
+        Raises:
+            ImportError: if the hub's package is missing.
+            ValueError: if `target` or `format` is none of these.
+        """
+        if format not in ("preset", "hf", "keras-hub"):
+            raise ValueError(
+                f"`format` must be 'preset', 'hf' or 'keras-hub'. Received: format={format!r}"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model")
+            self._save(path, format, dtype)
+            presets.upload(path, target)
 
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(

@@ -473,3 +473,23 @@ def test_paths_in_an_index_stay_in_the_folder(folder):
     secret = folder.parent.parent / "model.safetensors"
     assert not secret.exists()
     assert io.read_safetensors(folder)  # the file of that name inside
+
+
+def test_upload(model, monkeypatch):
+    hub, kaggle = pytest.importorskip("huggingface_hub"), pytest.importorskip("kagglehub")
+    calls = []
+
+    def record(*args, **kwargs):
+        folder = kwargs.get("folder_path") or args[-1]
+        calls.append((kwargs.get("repo_id") or args[0], presets.find_checkpoint(folder).format))
+
+    monkeypatch.setattr(hub, "create_repo", lambda repository, exist_ok: None)
+    monkeypatch.setattr(hub, "upload_folder", record)
+    monkeypatch.setattr(kaggle, "model_upload", record)
+    model.upload_preset("hf://me/mine")
+    model.upload_preset("kaggle://me/mine/keras/tiny", format="keras-hub")
+    assert calls == [("me/mine", "preset"), ("me/mine/keras/tiny", "keras-hub")]
+    with pytest.raises(ValueError, match="`target` must be hf://org/repo"):
+        model.upload_preset("me/mine")
+    with pytest.raises(ValueError, match="`format` must be"):
+        model.upload_preset("hf://me/mine", format="big-vision")

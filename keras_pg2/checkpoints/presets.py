@@ -477,6 +477,38 @@ def save_checkpoint(
             io.write_safetensors(new, tensors, bar.update)
 
 
+def upload(folder, target):
+    """Uploads a folder to a hub.
+
+    Args:
+        folder: str.
+        target: "hf://org/repo", made if missing, or "kaggle://owner/model/framework/variation".
+
+    Raises:
+        ImportError: if the hub's package is missing.
+        ValueError: if `target` is neither.
+    """
+    hub, _, handle = target.partition("://")
+    if hub == "hf":
+        try:
+            import huggingface_hub
+        except ImportError as error:
+            raise ImportError("Uploading needs `pip install huggingface_hub`.") from error
+        huggingface_hub.create_repo(handle, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=handle, folder_path=folder)
+    elif hub == "kaggle":
+        try:
+            import kagglehub
+        except ImportError as error:
+            raise ImportError("Uploading needs `pip install kagglehub`.") from error
+        kagglehub.model_upload(handle, folder)
+    else:
+        raise ValueError(
+            "`target` must be hf://org/repo or kaggle://owner/model/framework/variation. "
+            f"Received: target={target!r}"
+        )
+
+
 def _preset_files(config, preprocessor):
     files = {
         "config.json": {
