@@ -346,7 +346,7 @@ def _fit(model, batch, epochs):
     return model.fit(batch, y, sample_weight=weight, epochs=epochs, verbose=0).history["loss"]
 
 
-@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize("is_quantized", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fit_trains_a_and_b_alone(batch, is_quantized):
     model = _model()
     if not is_quantized:
@@ -695,7 +695,7 @@ def test_exports_have_lora_folded_in(data, tmp_path, inputs):
 
 def test_quantized_models_are_not_exported(data, tmp_path):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
-    model.quantize("int8")
+    model.projector.quantize("int8")
     with pytest.raises(ValueError, match="Save it before `quantize`"):
         model.save_hf(tmp_path / "hf")
     assert not list(tmp_path.iterdir())
