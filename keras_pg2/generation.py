@@ -527,8 +527,8 @@ def align_inputs(inputs, vocab_size):
 
     Args:
         vocab_size: int, V.
-        inputs: dict of "images" float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1], "token_ids" int
-            (B, T), and optionally "padding_mask" and "suffix_mask" bool (B, T); padding may
+        inputs: dict of NumPy arrays: "images" float (B, M, I, I, 3) or (B, I, I, 3), "token_ids"
+            int (B, T), and optionally "padding_mask" and "suffix_mask" bool (B, T); padding may
             be anywhere.
 
     Returns:
@@ -538,7 +538,6 @@ def align_inputs(inputs, vocab_size):
         ValueError: if a row has no token, ids are no integers below `vocab_size`, or images are
             not finite floats in [-1, 1].
     """
-    inputs = {name: np.asarray(ops.convert_to_numpy(array)) for name, array in inputs.items()}
     token_ids, images = inputs["token_ids"], inputs["images"]
     if token_ids.dtype.kind not in "iu" or token_ids.min() < 0 or token_ids.max() >= vocab_size:
         raise ValueError(

@@ -216,6 +216,7 @@ class Linear(keras.layers.Dense):
 
     def quantize(self, mode=None, type_check=True, config=None):
         if mode != "int8":
+            # The exception that Keras' `Model.quantize` expects: it warns and goes on.
             raise NotImplementedError(
                 f"Linear can be quantized to 'int8' alone. Received: mode={mode!r}"
             )
