@@ -5,8 +5,10 @@ over a model's variables, loops that stop early, in-place cache writes, products
 operands with a float32 result, and variables without values.
 """
 
+import collections
 import concurrent.futures
 import contextlib
+import itertools
 import operator
 import threading
 
@@ -162,16 +164,29 @@ def loop(step, state, max_steps, is_done):
     return state
 
 
-def prefetch(function, batches):
-    """Yields `function(*batch)` for each batch; a thread makes the next one meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        pending = None
-        for batch in batches:
-            ready, pending = pending, thread.submit(function, *batch)
-            if ready is not None:
+def prefetch(function, batches, threads=1):
+    """An iterator over `function(*batch)` for each batch, in order.
+
+    Threads begin at once, and stay one batch each ahead.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    batches = iter(batches)
+    pending = collections.deque(
+        pool.submit(function, *batch) for batch in itertools.islice(batches, threads)
+    )
+
+    def results():
+        try:
+            while pending:
+                ready = pending.popleft()
+                pending.extend(
+                    pool.submit(function, *batch) for batch in itertools.islice(batches, 1)
+                )
                 yield ready.result()
-        if pending is not None:
-            yield pending.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return results()
 
 
 # Arrays -------------------------------------------------------------------------------------
@@ -295,28 +310,41 @@ def variables_without_values():
         global_state.set_global_attribute("uninitialized_variables", pending)
 
 
-def set_value(variable, array):
-    """Gives a variable its value, whether it has one already or not.
+def from_numpy(array, dtype):
+    """A tensor of an array, perhaps in its memory. Threads may call it side by side.
 
     Args:
-        variable: keras.Variable.
-        array: NumPy array of the variable's shape, perhaps a transposed view; its memory may
-            become that of the variable.
+        array: NumPy array, perhaps a transposed view. Must not be used again.
+        dtype: str, dtype of the tensor.
+
+    Returns:
+        tensor of the array's shape.
     """
     if BACKEND == "torch":
         # torch reads no ml_dtypes; the bits are the same. A transposed kernel stays transposed:
         # products are no slower.
         is_bfloat16 = array.dtype.name == "bfloat16"
-        value = torch.from_numpy(array.view("int16") if is_bfloat16 else array)
-        value = value.view(torch.bfloat16) if is_bfloat16 else value
-        value = ops.convert_to_tensor(value, dtype=variable.dtype)
-    elif BACKEND == "jax":
-        value = jax.device_put(array).astype(variable.dtype)
-    elif array.ndim == 2 and array.flags.f_contiguous:
-        value = tf.cast(tf.transpose(tf.constant(array.T)), variable.dtype)  # 4 × NumPy's speed
-    else:
-        value = tf.cast(tf.constant(array), variable.dtype)
+        tensor = torch.from_numpy(array.view("int16") if is_bfloat16 else array)
+        tensor = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+        return ops.convert_to_tensor(tensor, dtype=dtype)
+    if BACKEND == "jax":
+        return jax.device_put(array).astype(dtype)
+    if array.ndim == 2 and array.flags.f_contiguous:
+        return tf.cast(tf.transpose(_tf_tensor(array.T)), dtype)  # 4 × NumPy's speed
+    return tf.cast(_tf_tensor(array), dtype)
+
+
+def set_value(variable, tensor):
+    """Gives a variable its value, whether it has one already or not."""
     if variable._value is None:
-        variable._initialize(value)
+        variable._initialize(tensor)
     else:
-        variable.assign(value)
+        variable.assign(tensor)
+
+
+def _tf_tensor(array):
+    """A tensor of TensorFlow in the memory of the array, if that is aligned as it wants."""
+    if not array.flags.c_contiguous or not array.flags.writeable or array.ctypes.data % 64:
+        return tf.constant(array)
+    bits = array.view(f"uint{8 * array.itemsize}")  # DLPack knows no ml_dtypes
+    return tf.bitcast(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), array.dtype.name)

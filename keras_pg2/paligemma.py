@@ -70,6 +70,11 @@ class PaliGemma2(keras.Model):
                 "`preprocessor` and `config` must have the same image size. Received: "
                 f"{preprocessor.image_size} and {config.vision.image_size}"
             )
+        if preprocessor and preprocessor.tokenizer.vocab_size > config.text.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {preprocessor.tokenizer.vocab_size} tokens, but the model "
+                f"only {config.text.vocab_size}: it is another model's tokenizer."
+            )
         self.autocast = False  # each layer casts where it is safe in float16
         self.config = config
         self.preprocessor = preprocessor
@@ -122,11 +127,11 @@ class PaliGemma2(keras.Model):
         if tokenizer is not None:
             size = config.vision.image_size
             preprocessor = Preprocessor(tokenizer, size, **checkpoint.preprocessing)
+        policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
+        reading = _read(weights, policy.variable_dtype)  # begins while the model is made
         with _backend.variables_without_values():
-            model = cls(
-                config, preprocessor, dtype=_backend.fastest_dtype() if dtype == "auto" else dtype
-            )
-        model.assign_weights(weights)
+            model = cls(config, preprocessor, dtype=policy)
+        model._assign(weights, reading)
         return model
 
     def assign_weights(self, weights):
@@ -138,6 +143,9 @@ class PaliGemma2(keras.Model):
         Raises:
             ValueError: if paths or shapes differ; nothing is changed then.
         """
+        self._assign(weights, _read(weights, self.variable_dtype))
+
+    def _assign(self, weights, reading):
         variables = self.variables_by_path()
         wrong = sorted(set(variables) ^ set(weights)) + [
             f"{path}: expected {variables[path].shape}, found {weights[path].shape}"
@@ -146,11 +154,8 @@ class PaliGemma2(keras.Model):
         ]
         if wrong:
             raise ValueError(f"These weights do not fit the model: {', '.join(wrong)}")
-        # Largest first: while the embedding is copied, nothing else is in memory yet.
-        paths = sorted(weights, key=lambda path: -weights[path].num_bytes)
-        arrays = _backend.prefetch(lambda path: weights[path].read(), [(path,) for path in paths])
-        for path, array in zip(paths, arrays):
-            _backend.set_value(variables[path], array)
+        for path, tensor in reading:
+            _backend.set_value(variables[path], tensor)
 
     def weights_by_path(self):
         """The weights as `checkpoints.io.LazyTensor` by path, for writing; LoRA is folded in.
@@ -757,6 +762,17 @@ class PaliGemma2(keras.Model):
             options = json.load(file)
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.model"))
         self.preprocessor = Preprocessor(tokenizer, **options)
+
+
+def _read(weights, dtype):
+    """An iterator over path and tensor of each of `weights`; reading begins at once."""
+    # Largest first: while the embedding is copied, nothing else is in memory yet.
+    paths = sorted(weights, key=lambda path: -weights[path].num_bytes)
+    return _backend.prefetch(
+        lambda path: (path, _backend.from_numpy(weights[path].read(), dtype)),
+        [(path,) for path in paths],
+        threads=2,
+    )
 
 
 def _as_examples(images, prompts, responses):

@@ -1,11 +1,15 @@
 import json
+import resource
 import shutil
+import zipfile
 
+import h5py
 import numpy as np
 import pytest
 import safetensors.numpy
 from keras import ops
 
+import keras_pg2
 from keras_pg2 import PaliGemma2, PaliGemmaConfig, _backend
 from keras_pg2.checkpoints import io, names, presets
 from keras_pg2.config import VARIANTS
@@ -33,6 +37,107 @@ def test_all_layouts_of_transformers(data, model, layout):
     layouts = json.loads((data / "hf_key_layouts_paligemma2.json").read_text())
     found = {names.canonical_name(key) for key in layouts[layout]} - set(names.HUGGING_FACE_IGNORED)
     assert found == {spec.name for spec in names.tensor_specs("hf", model.config)}
+
+
+# Widths, depths, heads and sizes of the published models, once more and in other words.
+PUBLISHED = {  # variant: (D, L, N, K, H, F)
+    "paligemma-3b": (2048, 18, 8, 1, 256, 16384),
+    "paligemma2-3b": (2304, 26, 8, 4, 256, 9216),
+    "paligemma2-10b": (3584, 42, 16, 8, 256, 14336),
+    "paligemma2-28b": (4608, 46, 32, 16, 128, 36864),
+}
+
+
+@pytest.mark.parametrize("image_size", [224, 448, 896])
+@pytest.mark.parametrize("variant", sorted(PUBLISHED))
+def test_published_names_and_shapes(variant, image_size):
+    d, depth, n, k, h, f = PUBLISHED[variant]
+    is_gemma2 = variant.startswith("paligemma2")
+    p, w, m, v = (image_size // 14) ** 2, 1152, 4304, 257_152
+    vision, text = "vision_tower.vision_model.", "language_model.model."
+    hugging_face = {
+        f"{vision}embeddings.patch_embedding.weight": (w, 3, 14, 14),
+        f"{vision}embeddings.patch_embedding.bias": (w,),
+        f"{vision}embeddings.position_embedding.weight": (p, w),
+        f"{vision}post_layernorm.weight": (w,),
+        f"{vision}post_layernorm.bias": (w,),
+        "multi_modal_projector.linear.weight": (d, w),
+        "multi_modal_projector.linear.bias": (d,),
+        f"{text}embed_tokens.weight": (v, d),
+        f"{text}norm.weight": (d,),
+    }
+    for i in range(27):
+        layer = f"{vision}encoder.layers.{i}."
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            hugging_face |= {f"{layer}{name}.weight": (w, w), f"{layer}{name}.bias": (w,)}
+        hugging_face |= {
+            f"{layer}self_attn.out_proj.weight": (w, w),
+            f"{layer}self_attn.out_proj.bias": (w,),
+            f"{layer}mlp.fc1.weight": (m, w),
+            f"{layer}mlp.fc1.bias": (m,),
+            f"{layer}mlp.fc2.weight": (w, m),
+            f"{layer}mlp.fc2.bias": (w,),
+        }
+        for name in ("layer_norm1", "layer_norm2"):
+            hugging_face |= {f"{layer}{name}.weight": (w,), f"{layer}{name}.bias": (w,)}
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if is_gemma2 else []
+    for i in range(depth):
+        layer = f"{text}layers.{i}."
+        hugging_face |= {f"{layer}{name}.weight": (d,) for name in norms}
+        hugging_face |= {
+            f"{layer}self_attn.q_proj.weight": (n * h, d),
+            f"{layer}self_attn.k_proj.weight": (k * h, d),
+            f"{layer}self_attn.v_proj.weight": (k * h, d),
+            f"{layer}self_attn.o_proj.weight": (d, n * h),
+            f"{layer}mlp.gate_proj.weight": (f, d),
+            f"{layer}mlp.up_proj.weight": (f, d),
+            f"{layer}mlp.down_proj.weight": (d, f),
+        }
+    image, block = "params/img/", "params/img/Transformer/encoderblock/"
+    llm, attention = "params/llm/", "params/llm/layers/attn/"
+    big_vision = {
+        f"{image}embedding/kernel": (14, 14, 3, w),
+        f"{image}embedding/bias": (w,),
+        f"{image}pos_embedding": (1, p, w),
+        f"{image}Transformer/encoder_norm/scale": (w,),
+        f"{image}Transformer/encoder_norm/bias": (w,),
+        f"{image}head/kernel": (w, d),
+        f"{image}head/bias": (d,),
+        f"{block}MlpBlock_0/Dense_0/kernel": (27, w, m),
+        f"{block}MlpBlock_0/Dense_0/bias": (27, m),
+        f"{block}MlpBlock_0/Dense_1/kernel": (27, m, w),
+        f"{block}MlpBlock_0/Dense_1/bias": (27, w),
+        f"{block}MultiHeadDotProductAttention_0/out/kernel": (27, 16, 72, w),
+        f"{block}MultiHeadDotProductAttention_0/out/bias": (27, w),
+        f"{llm}embedder/input_embedding": (v, d),
+        f"{llm}final_norm/scale": (d,),
+        f"{attention}q_einsum/w": (depth, n, d, h),
+        f"{attention}kv_einsum/w": (depth, 2, k, d, h),
+        f"{attention}attn_vec_einsum/w": (depth, n, h, d),
+        f"{llm}layers/mlp/gating_einsum": (depth, 2, d, f),
+        f"{llm}layers/mlp/linear": (depth, f, d),
+    }
+    for name in ("query", "key", "value"):
+        big_vision |= {
+            f"{block}MultiHeadDotProductAttention_0/{name}/kernel": (27, w, 16, 72),
+            f"{block}MultiHeadDotProductAttention_0/{name}/bias": (27, 16, 72),
+        }
+    for name in ("LayerNorm_0", "LayerNorm_1"):
+        big_vision |= {f"{block}{name}/scale": (27, w), f"{block}{name}/bias": (27, w)}
+    norms = ["pre_attention_norm", "pre_ffw_norm"]
+    norms += ["post_attention_norm", "post_ffw_norm"] if is_gemma2 else []
+    big_vision |= {f"{llm}layers/{name}/scale": (depth, d) for name in norms}
+
+    config = PaliGemmaConfig.from_variant(variant, image_size)
+    assert {s.name: s.source_shape for s in names.tensor_specs("hf", config)} == hugging_face
+    groups = {}
+    for spec in names.tensor_specs("big-vision", config):
+        groups.setdefault(spec.name, []).append(spec)
+    assert {name: names.stacked_shape(group) for name, group in groups.items()} == big_vision
+    # keras_hub's names are those of the golden, one set per block.
+    hub = names.tensor_specs("keras-hub", config)
+    assert len({spec.name for spec in hub}) == len(hugging_face)
 
 
 def test_names_and_shapes_of_keras_hub(data, model):
@@ -114,6 +219,36 @@ def test_missing_and_unknown_tensors_are_all_named(folder):
     assert f"Wrong tensors (1): {bias}: expected (40,), found (80,)" in message
 
 
+@pytest.mark.parametrize(
+    ("tower", "field", "value", "message"),
+    [
+        ("text_config", "num_hidden_layers", 3, r"Unknown tensors \(11\): .*layers\.3\."),
+        ("text_config", "num_hidden_layers", 5, r"Missing tensors \(11\): .*layers\.4\."),
+        ("text_config", "intermediate_size", 64, r"gate_proj\.weight: expected \(64, 40\), found"),
+        ("vision_config", "image_size", 56, r"position_embedding\.weight: expected \(16, "),
+    ],
+)
+def test_config_contradicts_the_tensors(folder, tower, field, value, message):
+    config = json.loads((folder / "config.json").read_text())
+    assert config[tower][field] != value
+    config[tower][field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        PaliGemma2.from_preset(folder)
+
+
+def test_tokenizer_of_another_model(data):
+    with pytest.raises(ValueError, match="has 1664 tokens, but the model only 1000"):
+        PaliGemma2(
+            PaliGemmaConfig.from_dict(
+                presets.find_checkpoint(data / "hf_tiny_paligemma2").config.to_dict()
+            ).replace(vocab_size=1000),
+            keras_pg2.Preprocessor(
+                keras_pg2.Tokenizer.from_file(data / "tok" / "tokenizer.model"), 42
+            ),
+        )
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_stored_heads_are_ignored(folder, model, inputs, is_tied, caplog):
     tensors = _tensors(folder)
@@ -150,6 +285,41 @@ def test_pickled_objects_are_refused(tmp_path):
     np.savez(path, **{"params/img/head/bias": np.array([{}], dtype=object)})
     with pytest.raises(ValueError, match="Python object"):
         PaliGemma2.from_preset(path)
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", 7])
+def test_an_index_must_not_lead_out_of_its_folder(folder, shard):
+    shutil.copy(folder / "model.safetensors", folder.parent / "secret.safetensors")
+    index = {"weight_map": {"a": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="must name files of its own folder"):
+        PaliGemma2.from_preset(folder)
+
+
+def test_names_in_an_npz_are_no_paths(data, tmp_path):
+    path = tmp_path / "evil.npz"
+    shutil.copy(data / "bv_tiny_paligemma2.npz", path)
+    with zipfile.ZipFile(path, "a") as archive, archive.open("../../evil.npy", "w") as member:
+        np.lib.format.write_array(member, np.zeros(3, "float32"))
+    with pytest.raises(ValueError, match=r"Unknown tensors \(1\): \.\./\.\./evil"):
+        PaliGemma2.from_preset(path)
+    assert [item.name for item in tmp_path.iterdir()] == ["evil.npz"]
+
+
+def test_hdf5_must_not_lead_to_other_files(data, tmp_path):
+    folder = shutil.copytree(data / "keras_hub_tiny_paligemma2", tmp_path / "hub")
+    name = "layers/rms_normalization/vars/0"
+    with h5py.File(folder / "model.weights.h5", "a") as file:
+        shape = file[name].shape
+        del file[name]
+        file.create_dataset(name, shape, "float32", external=[("/etc/passwd", 0, 160)])
+    with pytest.raises(ValueError, match="lie in other files"):
+        PaliGemma2.from_preset(folder)
+    with h5py.File(folder / "model.weights.h5", "a") as file:
+        del file[name]
+        file[name] = h5py.ExternalLink(str(data / "keras_hub_tiny_paligemma2"), name)
+    with pytest.raises(ValueError, match=rf"Missing tensors \(1\): {name}"):
+        PaliGemma2.from_preset(folder)
 
 
 def test_compressed_npz(data, tmp_path):
@@ -350,6 +520,34 @@ def test_nothing_is_overwritten(model, tmp_path):
     assert (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("format", ["preset", *FORMATS])
+def test_a_full_disk_leaves_everything_as_it_was(model, tmp_path, format, monkeypatch):
+    path = tmp_path / "out.npz"
+    weights = model.weights_by_path()
+    presets.save_checkpoint(path, format, model.config, weights, model.preprocessor)
+
+    def files():
+        return {item: item.stat().st_mtime_ns for item in tmp_path.rglob("*") if item.is_file()}
+
+    before = files()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 4, 5))
+        with pytest.raises(OSError, match=r"0\.0 GB are needed, 0\.0 GB are free"):
+            presets.save_checkpoint(path, format, model.config, weights, overwrite=True)
+    assert files() == before
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # bytes of one file
+        with pytest.raises(OSError, match="File too large"):
+            presets.save_checkpoint(
+                path, format, model.config, weights, model.preprocessor, overwrite=True
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files() == before
+    assert presets.find_checkpoint(path).format == format
+
+
 def test_configs_that_others_cannot_express(data, tmp_path):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma1", final_logit_softcap=30.0)
     with pytest.raises(ValueError, match="no soft caps for Gemma 1"):
@@ -465,14 +663,6 @@ def test_a_folder_with_one_npz(data, tmp_path):
     """As Kaggle serves big_vision's files."""
     shutil.copy(data / "bv_tiny_paligemma2.npz", tmp_path / "paligemma2.npz")
     assert presets.find_checkpoint(tmp_path).format == "big-vision"
-
-
-def test_paths_in_an_index_stay_in_the_folder(folder):
-    index = {"weight_map": {"a": "../../model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    secret = folder.parent.parent / "model.safetensors"
-    assert not secret.exists()
-    assert io.read_safetensors(folder)  # the file of that name inside
 
 
 def test_upload(model, monkeypatch):

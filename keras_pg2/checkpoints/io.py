@@ -7,11 +7,14 @@ and paths of our variables elsewhere; `to_ours` and `to_source` go between the t
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
 import math
+import mmap
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -86,8 +89,11 @@ def read_safetensors(folder, file_name="model.safetensors"):
             raise ValueError(f"The file {index!r} is damaged: {error}") from error
     tensors = {}
     for shard in shards:
-        # `basename`: an index must not lead out of its folder.
-        path = os.path.join(folder, os.path.basename(shard))
+        if not isinstance(shard, str) or shard != os.path.basename(shard):
+            raise ValueError(
+                f"The file {index!r} must name files of its own folder. Received: {shard!r}"
+            )
+        path = os.path.join(folder, shard)
         if not os.path.exists(path):
             raise FileNotFoundError(f"The checkpoint lacks the file {path!r}.")
         try:
@@ -119,11 +125,7 @@ def _stored(path, shape, dtype, offset):
         shape_read = shape[len(index) :]
         size = math.prod(shape_read) * np.dtype(dtype).itemsize
         number = int(np.ravel_multi_index(index, shape[: len(index)])) if index else 0
-        # Aligned to 64 bytes, jax takes the memory over without a copy. Mapping the file would
-        # be slower, page by page, and its pages would count as memory of this process.
-        buffer = np.empty(size + 64, "uint8")
-        start = -buffer.ctypes.data % 64
-        values = buffer[start : start + size]
+        values = _new_memory(size)
         with open(path, "rb", buffering=0) as file:
             file.seek(offset + number * size)
             done = 0
@@ -135,6 +137,20 @@ def _stored(path, shape, dtype, offset):
         return values.view(dtype).reshape(shape_read)
 
     return LazyTensor(shape, dtype, read)
+
+
+def _new_memory(size):
+    """uint8 (size,), aligned so that jax and TensorFlow take it over without a copy.
+
+    Memory of its own, not of the heap: what is freed goes back to the system at once. Mapping
+    the file itself would be slower, page by page.
+    """
+    if not size:
+        return np.empty(0, "uint8")
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: a tenth of the page faults
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, "uint8")
 
 
 def _sliced(shape, dtype, read):
@@ -211,12 +227,14 @@ def read_h5(path):
         dict of name to LazyTensor.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is damaged, or its values lie in other files.
     """
     tensors = {}
 
-    def add(name, item):
+    def add(name, item):  # links to other files are not visited
         if isinstance(item, h5py.Dataset):
+            if item.external:
+                raise ValueError(f"The values of {name!r} in {path!r} lie in other files.")
             dtype = str(item.attrs.get("dtype", item.dtype))
             read = functools.partial(_read_h5, path, name, dtype)
             tensors[name] = _sliced(item.shape, dtype, read)
@@ -388,18 +406,20 @@ def shorten(items, limit=20):
 
 
 @contextlib.contextmanager
-def replace_when_done(path, overwrite=False):
+def replace_when_done(path, overwrite=False, num_bytes=0):
     """A new path beside `path`, which becomes `path` only if all goes well.
 
     Args:
         path: str, a file or folder to be.
         overwrite: bool, whether something may be there already.
+        num_bytes: int, room on the disk that is needed.
 
     Yields:
         str, a path in a new temporary folder on the same disk.
 
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False.
+        OSError: if the disk is too full.
     """
     path = os.path.abspath(os.fspath(path))
     if os.path.lexists(path) and not overwrite:
@@ -407,6 +427,11 @@ def replace_when_done(path, overwrite=False):
             f"{path!r} exists already. Choose another path, or pass `overwrite=True`."
         )
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC, f"{num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", path
+        )
     with tempfile.TemporaryDirectory(
         prefix=f".{os.path.basename(path)}-", dir=os.path.dirname(path)
     ) as folder:
@@ -497,6 +522,11 @@ def write_h5(path, tensors, progress):
         tensors: dict of name to LazyTensor.
         progress: callable with the number of bytes written since its last call.
     """
+    # HDF5 does not survive a disk that gets full, so look for the room first.
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "wb") as file:
+            total = sum(tensor.num_bytes for tensor in tensors.values())
+            os.posix_fallocate(file.fileno(), 0, total)
     with h5py.File(path, "w") as file:
         for name, tensor in tensors.items():
             dataset = file.create_dataset(name, data=np.ascontiguousarray(tensor.read()))

@@ -441,6 +441,7 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False.
+        OSError: if the disk is too full; what was there is left as it was.
         ValueError: if the format cannot express the config.
     """
     if format not in FORMATS:
@@ -458,7 +459,7 @@ def save_checkpoint(
     total = sum(tensor.num_bytes for tensor in tensors.values())
     with (
         tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=not verbose) as bar,
-        io.replace_when_done(path, overwrite) as new,
+        io.replace_when_done(path, overwrite, total) as new,
     ):
         if format == "big-vision":
             io.write_npz(new, tensors, bar.update)

@@ -1,0 +1,139 @@
+"""Cross-entropy over the vocabulary in chunks: a full logits tensor never exists.
+
+At 257,152 tokens the logits of a single position are a megabyte. The gradient of each chunk is
+taken at once, while its logits are there, so no product is computed twice.
+"""
+
+import math
+
+from keras import ops
+
+from keras_pg2 import _backend
+
+# Most logits in memory at a time: 256 MiB in float32, about 260 rows of PaliGemma's vocabulary.
+_MAX_LOGITS = 2**26
+
+
+def chunk_length(batch_size, length, vocab_size):
+    """Positions per row and chunk: as many as fit, in chunks of equal size.
+
+    Chunks run along the rows, not across them, so that a batch may be spread over devices.
+
+    Args:
+        batch_size: int, B.
+        length: int, T.
+        vocab_size: int, V.
+
+    Returns:
+        int in [1, T].
+    """
+    longest = max(1, _MAX_LOGITS // (batch_size * vocab_size))
+    return math.ceil(length / math.ceil(length / longest))
+
+
+def token_losses(
+    hidden, embeddings, targets, weights, softcap=None, label_smoothing=0.0, train_embeddings=True
+):
+    """Weighted cross-entropy of each row's first tokens, those with a weight.
+
+    With label smoothing ε a target has the probability 1 - ε, every other token ε / (V - 1).
+
+    Args:
+        hidden: float (B, T, D), after the final norm; its position t predicts target t.
+        embeddings: float (V, D), in the dtype of the products.
+        targets: int32 (B, T). The tokens with a weight come first in each row.
+        weights: float32 (B, T), 0 after the last token that counts.
+        softcap: float or None; logits become `cap * tanh(logits / cap)`.
+        label_smoothing: float in [0, 1).
+        train_embeddings: bool, whether `embeddings` need a gradient.
+
+    Returns:
+        loss: float32 scalar, the sum of weights times cross-entropies. It alone has a gradient.
+        losses: float32 (B, T), the cross-entropies, 0 where the weight is.
+        is_correct: float32 (B, T), 1 where the most likely token is the target, else 0.
+
+    Source: big_vision `trainers/proj/paligemma/train.py`, `loss_fn`.
+    """
+    batch_size, length = hidden.shape[:2]
+    vocab_size = embeddings.shape[0]
+    chunk = chunk_length(batch_size, length, vocab_size)
+    num_chunks = math.ceil(length / chunk)
+    padding = ((0, 0), (0, num_chunks * chunk - length))
+    hidden = ops.pad(hidden, (*padding, (0, 0)))
+    targets, weights = ops.pad(targets, padding), ops.pad(weights, padding)
+    other = label_smoothing / (vocab_size - 1)  # probability of each token but the target
+    dtype = embeddings.dtype
+
+    def chunk_losses(hidden, embeddings, targets, weights):
+        """Losses and hits (B, C), and the gradients of their weighted sum."""
+        logits = _backend.matmul_transposed_float32(ops.cast(hidden, dtype), embeddings)
+        slope = None
+        if softcap is not None:
+            capped = ops.tanh(logits / softcap)
+            logits, slope = capped * softcap, 1 - ops.square(capped)
+        is_target = ops.arange(vocab_size, dtype="int32") == targets[..., None]  # (B, C, V)
+        highest = ops.max(logits, axis=-1)
+        log_total = ops.logsumexp(logits, axis=-1)
+        target_logit = ops.sum(ops.where(is_target, logits, 0.0), axis=-1)
+        losses = log_total - (1 - label_smoothing - other) * target_logit
+        if label_smoothing:
+            losses = losses - other * ops.sum(logits, axis=-1)
+        counts = ops.cast(weights > 0, "float32")
+        hits = counts * ops.cast(target_logit >= highest, "float32")
+        gradient = ops.exp(logits - log_total[..., None]) - other
+        gradient = gradient - ops.where(is_target, 1 - label_smoothing - other, 0.0)
+        if slope is not None:
+            gradient = gradient * slope
+        # Weights come last: times 1 / 1,000 the gradients would underflow in float16.
+        gradient = ops.cast(gradient, dtype)
+        hidden_gradient = ops.cast(ops.matmul(gradient, embeddings), "float32")
+        hidden_gradient = hidden_gradient * weights[..., None]
+        if train_embeddings:
+            largest = ops.maximum(ops.max(weights), 1e-30)
+            weighted = ops.cast(hidden, "float32") * (weights / largest)[..., None]
+            embeddings_gradient = largest * _backend.einsum_float32(
+                "btv,btd->vd", gradient, ops.cast(weighted, dtype)
+            )
+        else:
+            embeddings_gradient = None
+        return counts * losses, hits, hidden_gradient, embeddings_gradient
+
+    def all_losses(hidden, embeddings, targets, weights):
+        # The rows end early: only chunks with a weight are computed.
+        last = ops.max(ops.sum(ops.cast(weights > 0, "int32"), axis=1))
+        used_chunks = (last + chunk - 1) // chunk
+
+        def step(index, state):
+            def part(x):
+                return ops.slice(x, (0, index * chunk, *[0] * (x.ndim - 2)), shape_of(x))
+
+            def shape_of(x):
+                return (batch_size, chunk, *x.shape[2:])
+
+            losses, hits, hidden_gradient, embeddings_gradient = chunk_losses(
+                part(hidden), embeddings, part(targets), part(weights)
+            )
+            start = index * chunk
+            new = {
+                "losses": _backend.write(state["losses"], losses, start),
+                "hits": _backend.write(state["hits"], hits, start),
+                "hidden_gradient": _backend.write(state["hidden_gradient"], hidden_gradient, start),
+            }
+            if train_embeddings:
+                new["embeddings_gradient"] = state["embeddings_gradient"] + embeddings_gradient
+            return new
+
+        state = {
+            "losses": ops.zeros(weights.shape, "float32"),
+            "hits": ops.zeros(weights.shape, "float32"),
+            "hidden_gradient": ops.zeros(hidden.shape, hidden.dtype),
+        }
+        if train_embeddings:
+            state["embeddings_gradient"] = ops.zeros(embeddings.shape, "float32")
+        state = _backend.repeat(step, used_chunks, state)
+        loss = ops.sum(weights * state["losses"])
+        gradients = (state["hidden_gradient"], state.get("embeddings_gradient"), None, None)
+        return loss, (state["losses"], state["hits"]), gradients
+
+    loss, (losses, hits) = _backend.with_gradients(all_losses)(hidden, embeddings, targets, weights)
+    return loss, losses[:, :length], hits[:, :length]
