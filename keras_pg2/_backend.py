@@ -164,6 +164,93 @@ def loop(step, state, max_steps, is_done):
     return state
 
 
+def repeat(step, count, state):
+    """`state = step(index, state)` for each index below `count`.
+
+    Args:
+        step: callable, from an int32 scalar (or int) and a state to a state.
+        count: int32 scalar tensor, or int.
+        state: nested structure of tensors.
+
+    Returns:
+        The last state.
+    """
+    if BACKEND == "torch":
+        for index in range(int(count)):
+            state = step(index, state)
+        return state
+    return ops.fori_loop(0, count, step, state)
+
+
+def with_gradients(function):
+    """A differentiable function whose gradients are computed in its forward pass.
+
+    Args:
+        function: callable from tensors to `(loss, extras, gradients)`: a float32 scalar, a tuple of
+            tensors without a gradient, and for each argument the gradient of the loss, or None.
+
+    Returns:
+        callable from tensors to `(loss, extras)`.
+    """
+    if BACKEND == "jax":
+
+        @jax.custom_vjp
+        def differentiable(*tensors):
+            return function(*tensors)[:2]
+
+        def forward(*tensors):
+            loss, extras, gradients = function(*tensors)
+            gradients = [g if g is None else g.astype(x.dtype) for g, x in zip(gradients, tensors)]
+            return (loss, extras), gradients
+
+        def backward(gradients, cotangents):
+            scale = cotangents[0]
+            return tuple(g if g is None else (g * scale).astype(g.dtype) for g in gradients)
+
+        differentiable.defvjp(forward, backward)
+        return differentiable
+
+    if BACKEND == "tensorflow":
+
+        @tf.custom_gradient
+        def differentiable(*tensors):
+            loss, extras, gradients = function(*tensors)
+
+            def backward(scale, *_):
+                return [
+                    g if g is None else tf.cast(tf.cast(g, "float32") * scale, x.dtype)
+                    for g, x in zip(gradients, tensors)
+                ]
+
+            return (loss, *extras), backward
+
+        def unpack(*tensors):
+            loss, *extras = differentiable(*tensors)
+            return loss, tuple(extras)
+
+        return unpack
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(context, *tensors):
+            loss, extras, gradients = function(*tensors)
+            context.mark_non_differentiable(*extras)
+            context.gradients = [
+                g if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors)
+            ]
+            return (loss, *extras)
+
+        @staticmethod
+        def backward(context, scale, *_):
+            return tuple(g if g is None else g * scale.to(g.dtype) for g in context.gradients)
+
+    def unpack(*tensors):
+        loss, *extras = Differentiable.apply(*tensors)
+        return loss, tuple(extras)
+
+    return unpack
+
+
 def prefetch(function, batches, threads=1):
     """An iterator over `function(*batch)` for each batch, in order.
 
@@ -214,6 +301,21 @@ def write(buffer, values, index):
         return buffer.index_copy_(1, places, values)
     start = [0, index] + [0] * (len(buffer.shape) - 2)
     return ops.slice_update(buffer, start, values)
+
+
+def take_rows(x, places):
+    """Row `places[b, t]` of each example.
+
+    Args:
+        x: tensor (B, S, D).
+        places: int32 (B, T).
+
+    Returns:
+        tensor (B, T, D).
+    """
+    if BACKEND == "tensorflow":  # Keras repeats the places along D
+        return tf.gather(x, places, batch_dims=1)
+    return ops.take_along_axis(x, places[:, :, None], axis=1)
 
 
 def einsum_float32(equation, x, y):

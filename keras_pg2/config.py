@@ -114,6 +114,8 @@ class GemmaConfig:
         max_positions: int, longest sequence of image and text tokens.
         rope_base: float, base of the rotary frequencies.
         norm_eps: float, epsilon of the RMS norms.
+        dropout: float in [0, 1), share of what attention and MLP add to the stream that is
+            dropped in training.
 
     Source: big_vision `models/ppp/gemma.py`, `get_config`.
     """
@@ -133,6 +135,7 @@ class GemmaConfig:
     max_positions: int = 8_192
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
+    dropout: float = 0.0
 
     def __post_init__(self):
         _require_positive_ints(
@@ -155,6 +158,8 @@ class GemmaConfig:
             f"a multiple of num_kv_heads={self.num_kv_heads}",
             self.num_heads,
         )
+        is_share = isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1
+        _require(is_share, "dropout", "a number in [0, 1)", self.dropout)
         _require(self.head_dim % 2 == 0, "head_dim", "even (rotary embedding)", self.head_dim)
 
 

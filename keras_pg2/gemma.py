@@ -1,10 +1,11 @@
 """Gemma 1 and 2 decoder. One forward pass serves training, prefill and decoding."""
 
+import keras
 from keras import activations, layers, ops
 
 from keras_pg2 import _backend
 from keras_pg2.attention import apply_rotary, attention, rotary_angles
-from keras_pg2.linear import Linear, TokenEmbedding, activation_dtype
+from keras_pg2.linear import Linear, StepSeed, TokenEmbedding, activation_dtype
 
 
 class RMSNorm(layers.Layer):
@@ -129,7 +130,8 @@ class GemmaBlock(layers.Layer):
     Args:
         config: GemmaConfig.
 
-    Call arguments: those of `GemmaAttention`.
+    Call arguments: those of `GemmaAttention`, and
+        training: bool, whether dropout acts.
 
     Returns:
         float (B, T, D), and the written cache or None.
@@ -149,6 +151,8 @@ class GemmaBlock(layers.Layer):
         if config.use_post_norms:
             self.post_attention_norm = norm("post_attention_norm")
             self.post_mlp_norm = norm("post_mlp_norm")
+        if config.dropout:
+            self.attention_seed, self.mlp_seed = StepSeed(), StepSeed()
 
     def build(self, input_shape):
         for layer in (self.pre_attention_norm, self.attention, self.pre_mlp_norm, self.mlp):
@@ -157,8 +161,8 @@ class GemmaBlock(layers.Layer):
             self.post_attention_norm.build(input_shape)
             self.post_mlp_norm.build(input_shape)
 
-    def call(self, x, attention_mask, rotary, cache=None, cache_index=None):
-        use_post_norms = self.config.use_post_norms
+    def call(self, x, attention_mask, rotary, cache=None, cache_index=None, training=None):
+        config = self.config
         update, cache = self.attention(
             self.pre_attention_norm(x),
             attention_mask,
@@ -166,9 +170,17 @@ class GemmaBlock(layers.Layer):
             cache=cache,
             cache_index=cache_index,
         )
-        x = x + (self.post_attention_norm(update) if use_post_norms else update)
+        if config.use_post_norms:
+            update = self.post_attention_norm(update)
+        if config.dropout and training:
+            update = keras.random.dropout(update, config.dropout, seed=self.attention_seed)
+        x = x + update
         update = self.mlp(self.pre_mlp_norm(x))
-        return x + (self.post_mlp_norm(update) if use_post_norms else update), cache
+        if config.use_post_norms:
+            update = self.post_mlp_norm(update)
+        if config.dropout and training:
+            update = keras.random.dropout(update, config.dropout, seed=self.mlp_seed)
+        return x + update, cache
 
 
 class GemmaDecoder(layers.Layer):
@@ -184,6 +196,11 @@ class GemmaDecoder(layers.Layer):
             only with a sliding window.
         cache: None, or a list of `(key, value)` per block.
         cache_index: int32 scalar, where in the cache the T tokens are written.
+        training: bool, whether dropout acts, and `use_remat` counts.
+
+    Attributes:
+        use_remat: bool, whether in training the activations inside the blocks are not kept for
+            the gradient but computed a second time.
 
     Returns:
         float (B, T, D) after the final norm, and the written cache or None.
@@ -202,19 +219,26 @@ class GemmaDecoder(layers.Layer):
             for i in range(config.depth)
         ]
         self.final_norm = RMSNorm(config.norm_eps, name="final_norm", dtype=self.dtype_policy)
+        self.use_remat = False
 
     def build(self, input_shape=None):
         self.embedding.build()
         for layer in (*self.blocks, self.final_norm):
             layer.build((None, None, self.config.width))
 
-    def call(self, x, positions, masks, cache=None, cache_index=None):
+    def call(self, x, positions, masks, cache=None, cache_index=None, training=None):
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_base)
         caches = [None] * len(self.blocks) if cache is None else cache
         written = []
         for i, (block, block_cache) in enumerate(zip(self.blocks, caches)):
+            if self.use_remat and training:
+                x = _rematerialized(block, masks[i % 2], rotary)(x)
+                continue
             x, block_cache = block(
-                x, masks[i % 2], rotary, cache=block_cache, cache_index=cache_index
+                *(x, masks[i % 2], rotary),
+                cache=block_cache,
+                cache_index=cache_index,
+                training=training,
             )
             written.append(block_cache)
         return self.final_norm(x), None if cache is None else written
@@ -237,3 +261,8 @@ class GemmaDecoder(layers.Layer):
             (ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype))
             for _ in self.blocks
         ]
+
+
+def _rematerialized(block, attention_mask, rotary):
+    """The block as a function of x alone; its activations are computed again when needed."""
+    return keras.remat(lambda x: block(x, attention_mask, rotary, training=True)[0])

@@ -26,6 +26,21 @@ def activation_dtype(compute_dtype):
     return "float32" if compute_dtype == "float16" else compute_dtype
 
 
+class StepSeed(keras.random.SeedGenerator):
+    """A seed that stays the same within a training step.
+
+    With rematerialization a block runs twice in a step and must drop the same values.
+    `PaliGemma2.call` renews all seeds before a step.
+    """
+
+    def next(self, ordered=True):
+        return self.state.value * 1  # a copy
+
+    def renew(self):
+        """Goes on to the seed of the next step."""
+        super().next()
+
+
 class Linear(keras.layers.Dense):
     """Dense over the last axis, kernel `(in, out)`, with LoRA computed factored.
 
@@ -140,7 +155,7 @@ class Linear(keras.layers.Dense):
                 dtype="float32",
             )
             if dropout:
-                self._dropout_seed = keras.random.SeedGenerator()
+                self._dropout_seed = StepSeed()
         self._kernel.trainable = False
         self.lora = options
 
@@ -322,7 +337,10 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
     def call(self, inputs, reverse=False):
         if reverse:
             inputs = ops.cast(inputs, self.compute_dtype)
-            embeddings = ops.cast(self.embeddings, self.compute_dtype)
-            return _backend.matmul_transposed_float32(inputs, embeddings)
+            return _backend.matmul_transposed_float32(inputs, self.matrix())
         embedded = ops.cast(ops.take(self.embeddings, inputs, axis=0), "float32")
         return ops.cast(embedded * self.output_dim**0.5, activation_dtype(self.compute_dtype))
+
+    def matrix(self):
+        """The embeddings (V, D) in the dtype of products."""
+        return ops.cast(self.embeddings, self.compute_dtype)

@@ -17,12 +17,13 @@ from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, 
 from keras_pg2.checkpoints import adapters, io, presets
 from keras_pg2.config import PaliGemmaConfig
 from keras_pg2.gemma import GemmaDecoder
-from keras_pg2.linear import Linear, LoraOptions, activation_dtype
+from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype
+from keras_pg2.losses import token_losses
 from keras_pg2.preprocessing import Preprocessor, batch_examples
 from keras_pg2.siglip import SiglipTower
 from keras_pg2.tokenizer import Tokenizer
 
-_TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask")
+_TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask", "loss_mask")
 _LORA_PATTERNS = {
     "attention": r"^text/.*/(query|key|value|output)$",
     "all-linear": r"^text/.*/(query|key|value|output|gate|up|down)$",
@@ -46,10 +47,15 @@ class PaliGemma2(keras.Model):
             - "images": float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1];
             - "token_ids": int32 (B, T), `<bos> prefix "\\n" suffix <eos>`, padding anywhere;
             - "padding_mask": bool (B, T), True on real tokens; all, if missing;
-            - "suffix_mask": bool (B, T), True on suffix tokens; none, if missing.
+            - "suffix_mask": bool (B, T), True on suffix tokens; none, if missing;
+            - "loss_mask": bool (B, T), True on tokens to learn; asks for losses, not logits.
+        training: bool, whether dropout acts.
 
     Returns:
         float32 (B, T, V), logits at the text positions: position t predicts token t + 1.
+        With "loss_mask" a dict of float32 tensors: "loss", scalar, the mean over examples of the
+        mean over their tokens to learn; and (B,) each "example_losses", "num_tokens" and
+        "num_correct". Examples with no token to learn count nowhere.
 
     Raises:
         ValueError: if an input is missing or has another rank or size.
@@ -79,6 +85,7 @@ class PaliGemma2(keras.Model):
         self.config = config
         self.preprocessor = preprocessor
         self.programs = _backend.Programs()
+        self.label_smoothing = 0.0
         self.vision = SiglipTower(config.vision, name="vision", dtype=self.dtype_policy)
         self.projector = Linear(config.text.width, name="projector", dtype=self.dtype_policy)
         self.text = GemmaDecoder(config.text, name="text", dtype=self.dtype_policy)
@@ -273,22 +280,67 @@ class PaliGemma2(keras.Model):
     # One forward pass: training, prefill and decode differ in mask, positions and cache.
 
     def call(self, inputs, training=None):
-        x, sequence = self._embed(inputs)
-        hidden, _ = self.text(x, sequence["positions"], self._masks(sequence, sequence))
-        return self.text.logits(hidden[:, self._num_image_tokens(inputs) :])
+        if training:
+            for seed in self._step_seeds():
+                seed.renew()
+        x, sequence = self._embed(inputs, training)
+        masks = self._masks(sequence, sequence)
+        hidden, _ = self.text(x, sequence["positions"], masks, training=training)
+        hidden = hidden[:, self._num_image_tokens(inputs) :]
+        if "loss_mask" in inputs:
+            return self._suffix_losses(hidden, inputs["token_ids"], inputs["loss_mask"])
+        return self.text.logits(hidden)
 
-    def encode_images(self, images):
+    def _suffix_losses(self, hidden, token_ids, loss_mask):
+        """What `call` returns for hidden states (B, T, D) with a loss mask."""
+        # Position t predicts token t + 1. Those that count move to the front of each row.
+        counts = ops.cast(loss_mask[:, 1:], "bool")
+        length = counts.shape[1]
+        places = ops.arange(length, dtype="int32")
+        order = ops.sort(ops.where(counts, places, places + length), axis=-1) % length
+        counts = ops.cast(ops.take_along_axis(counts, order, axis=1), "float32")
+        num_tokens = ops.sum(counts, axis=1)
+        num_examples = ops.sum(ops.cast(num_tokens > 0, "float32"))
+        shares = counts / ops.maximum(num_tokens, 1)[:, None]  # of the mean of an example
+        loss, losses, is_correct = token_losses(
+            _backend.take_rows(hidden, order),
+            self.text.embedding.matrix(),
+            ops.take_along_axis(token_ids[:, 1:], order, axis=1),
+            shares / ops.maximum(num_examples, 1),
+            softcap=self.config.text.final_logit_softcap,
+            label_smoothing=self.label_smoothing,
+            train_embeddings=self.text.embedding.embeddings.trainable,
+        )
+        return {
+            "loss": loss,
+            "example_losses": ops.sum(shares * losses, axis=1),
+            "num_tokens": num_tokens,
+            "num_correct": ops.sum(is_correct, axis=1),
+        }
+
+    def _step_seeds(self):
+        """The seeds of dropout, in the layers that have one."""
+        return [
+            seed
+            for layer in self._flatten_layers()
+            for seed in vars(layer).values()
+            if isinstance(seed, StepSeed)
+        ]
+
+    def encode_images(self, images, training=None):
         """Pictures to tokens in the decoder's space.
 
         Args:
             images: float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1].
+            training: bool, see `SiglipTower`.
 
         Returns:
             float (B, M · P, D), picture by picture.
         """
         size, num_tokens = self.config.vision.image_size, self.config.vision.num_tokens
         num_images = images.shape[1] if len(images.shape) == 5 else 1
-        tokens = self.projector(self.vision(ops.reshape(images, (-1, size, size, 3))))
+        images = ops.reshape(images, (-1, size, size, 3))
+        tokens = self.projector(self.vision(images, training=training), training=training)
         tokens = ops.cast(tokens, activation_dtype(self.compute_dtype))
         return ops.reshape(tokens, (-1, num_images * num_tokens, self.config.text.width))
 
@@ -358,7 +410,7 @@ class PaliGemma2(keras.Model):
         )
         return self.text.logits(hidden[:, 0]), hidden[:, 0], {**cache, "layers": layers}
 
-    def _embed(self, inputs):
+    def _embed(self, inputs, training=None):
         """Image and text tokens float (B, M · P + T, D), and their blocks, positions, validity."""
         self._check(inputs)
         token_ids = inputs["token_ids"]
@@ -366,7 +418,7 @@ class PaliGemma2(keras.Model):
         real = ops.ones_like(token_ids, "bool") if real is None else ops.cast(real, "bool")
         suffix = inputs.get("suffix_mask")
         suffix = ops.zeros_like(token_ids, "bool") if suffix is None else ops.cast(suffix, "bool")
-        images = self.encode_images(inputs["images"])
+        images = self.encode_images(inputs["images"], training)
         in_image = ops.ones_like(images[:, :, 0], "bool")
         valid = ops.concatenate([in_image, real], axis=1)
         suffix = ops.concatenate([ops.logical_not(in_image), suffix], axis=1)

@@ -1,5 +1,6 @@
 """SigLIP vision tower: a pre-norm transformer over the patches of an image."""
 
+import keras
 from keras import activations, layers, ops
 
 from keras_pg2.attention import attention
@@ -101,7 +102,7 @@ class SiglipBlock(layers.Layer):
         for layer in (self.pre_attention_norm, self.attention, self.pre_mlp_norm, self.mlp):
             layer.build(input_shape)
 
-    def call(self, x):
+    def call(self, x, training=None):
         x = x + self.attention(self.pre_attention_norm(x))
         return x + self.mlp(self.pre_mlp_norm(x))
 
@@ -117,6 +118,10 @@ class SiglipTower(layers.Layer):
 
     Call arguments:
         images: float (B, I, I, 3) in [-1, 1].
+        training: bool, whether `use_remat` counts.
+
+    Attributes:
+        use_remat: bool, see `GemmaDecoder`.
 
     Returns:
         float (B, P, D), row by row from the top left.
@@ -133,6 +138,7 @@ class SiglipTower(layers.Layer):
             for i in range(config.depth)
         ]
         self.final_norm = _layer_norm(config, "final_norm", self.dtype_policy)
+        self.use_remat = False
 
     def build(self, input_shape=None):
         config = self.config
@@ -146,7 +152,7 @@ class SiglipTower(layers.Layer):
         for layer in (*self.blocks, self.final_norm):
             layer.build(tokens_shape)
 
-    def call(self, images):
+    def call(self, images, training=None):
         config = self.config
         side, patch = config.image_size // config.patch_size, config.patch_size
         patches = ops.reshape(images, (-1, side, patch, side, patch, 3))
@@ -156,7 +162,10 @@ class SiglipTower(layers.Layer):
         x = ops.cast(x, activation_dtype(self.compute_dtype))
         x = x + ops.cast(self.position_embedding, x.dtype)
         for block in self.blocks:
-            x = block(x)
+            if self.use_remat and training:
+                x = _rematerialized(block)(x)
+            else:
+                x = block(x, training=training)
         return self.final_norm(x)
 
     def compute_output_shape(self, input_shape):
@@ -168,3 +177,7 @@ def _layer_norm(config, name, dtype):
     return layers.LayerNormalization(
         epsilon=config.norm_eps, name=name, dtype=dtype, autocast=False
     )
+
+
+def _rematerialized(block):
+    return keras.remat(lambda x: block(x, training=True))
