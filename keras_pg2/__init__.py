@@ -1,6 +1,6 @@
 """PaliGemma 2 for Keras 3: one model for JAX, TensorFlow and PyTorch."""
 
-from keras_pg2 import data
+from keras_pg2 import data, recipes
 from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from keras_pg2.generation import Beam, Generation, Greedy, Sample
 from keras_pg2.paligemma import PaliGemma2
@@ -21,4 +21,5 @@ __all__ = [
     "SiglipConfig",
     "Tokenizer",
     "data",
+    "recipes",
 ]
