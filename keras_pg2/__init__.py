@@ -1,5 +1,6 @@
 """PaliGemma 2 for Keras 3: one model for JAX, TensorFlow and PyTorch."""
 
+from keras_pg2 import data, recipes
 from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from keras_pg2.generation import Beam, Generation, Greedy, Sample
 from keras_pg2.paligemma import PaliGemma2
@@ -19,4 +20,6 @@ __all__ = [
     "Sample",
     "SiglipConfig",
     "Tokenizer",
+    "data",
+    "recipes",
 ]

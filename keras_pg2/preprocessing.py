@@ -77,13 +77,13 @@ class Preprocessor:
         size = (self.image_size, self.image_size)
         resampling = _RESAMPLING[self.interpolation]
         if self.interpolation == "bicubic":
-            levels = np.clip(np.round(_levels(image)), 0, 255).astype("uint8")
+            levels = np.clip(np.round(image_levels(image)), 0, 255).astype("uint8")
             return (
                 np.asarray(Image.fromarray(levels).resize(size, resampling), "float32") / 127.5 - 1
             )
         channels = [
             Image.fromarray(channel).resize(size, resampling)
-            for channel in np.moveaxis(_levels(image), -1, 0)
+            for channel in np.moveaxis(image_levels(image), -1, 0)
         ]
         # big_vision casts back to uint8, which truncates; the tolerance absorbs rounding.
         levels = np.floor(np.stack(channels, axis=-1) + 1e-3)
@@ -272,7 +272,7 @@ def _to_numpy(array):
     return array.astype("float32") if array.dtype.name == "bfloat16" else array
 
 
-def _levels(image):
+def image_levels(image):
     """One picture to float32 (H, W, 3) in [0, 255]."""
     if isinstance(image, (str, os.PathLike)):
         return _open(image)
