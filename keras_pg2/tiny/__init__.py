@@ -1,0 +1,1 @@
+"""The tiny PaliGemma 2: pictures and texts that it learns from, and how well it learned them."""
