@@ -276,6 +276,17 @@ def prefetch(function, batches, threads=1):
     return results()
 
 
+def tf_dataset(batches, sample):
+    """A `tf.data.Dataset` of batches that all have the structure and shapes of `sample`.
+
+    Args:
+        batches: callable, gives an iterator over nested structures of NumPy arrays.
+        sample: one of them.
+    """
+    signature = keras.tree.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), sample)
+    return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(1)
+
+
 # Arrays -------------------------------------------------------------------------------------
 
 

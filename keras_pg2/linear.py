@@ -140,7 +140,7 @@ class Linear(keras.layers.Dense):
                 f"The layer {self.path!r} has LoRA of rank {self.lora.rank} already. Call "
                 "`drop_lora()` first."
             )
-        with self._open_name_scope(), _unlocked(self):
+        with self._open_name_scope(), unlocked(self):
             self.lora_kernel_a = self.add_weight(
                 name="lora_kernel_a",
                 shape=(self._kernel.shape[0], rank),
@@ -302,7 +302,7 @@ def _is_number(x):
 
 
 @contextlib.contextmanager
-def _unlocked(layer):
+def unlocked(layer):
     """Keras forbids new variables in a layer that is built."""
     layer._tracker.unlock()
     try:

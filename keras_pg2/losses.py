@@ -54,9 +54,10 @@ def token_losses(
 
     Source: big_vision `trainers/proj/paligemma/train.py`, `loss_fn`.
     """
-    batch_size, length = hidden.shape[:2]
+    batch_size, length = ops.shape(hidden)[0], hidden.shape[1]
     vocab_size = embeddings.shape[0]
-    chunk = chunk_length(batch_size, length, vocab_size)
+    # TensorFlow forgets the batch size after it has changed once.
+    chunk = chunk_length(hidden.shape[0] or 64, length, vocab_size)
     num_chunks = math.ceil(length / chunk)
     padding = ((0, 0), (0, num_chunks * chunk - length))
     hidden = ops.pad(hidden, (*padding, (0, 0)))
@@ -105,10 +106,8 @@ def token_losses(
 
         def step(index, state):
             def part(x):
-                return ops.slice(x, (0, index * chunk, *[0] * (x.ndim - 2)), shape_of(x))
-
-            def shape_of(x):
-                return (batch_size, chunk, *x.shape[2:])
+                shape = (batch_size, chunk, *x.shape[2:])
+                return ops.slice(x, (0, index * chunk, *[0] * (len(shape) - 2)), shape)
 
             losses, hits, hidden_gradient, embeddings_gradient = chunk_losses(
                 part(hidden), embeddings, part(targets), part(weights)
@@ -124,9 +123,9 @@ def token_losses(
             return new
 
         state = {
-            "losses": ops.zeros(weights.shape, "float32"),
-            "hits": ops.zeros(weights.shape, "float32"),
-            "hidden_gradient": ops.zeros(hidden.shape, hidden.dtype),
+            "losses": ops.zeros_like(weights),
+            "hits": ops.zeros_like(weights),
+            "hidden_gradient": ops.zeros_like(hidden),
         }
         if train_embeddings:
             state["embeddings_gradient"] = ops.zeros(embeddings.shape, "float32")

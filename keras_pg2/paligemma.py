@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
 import json
-import logging
 import os
 import re
 import tempfile
@@ -11,13 +11,14 @@ import tempfile
 import keras
 import numpy as np
 from keras import ops
+from keras.src.utils import io_utils
 
-from keras_pg2 import _backend, generation
+from keras_pg2 import _backend, batches, generation
 from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, token_positions
 from keras_pg2.checkpoints import adapters, io, presets
 from keras_pg2.config import PaliGemmaConfig
 from keras_pg2.gemma import GemmaDecoder
-from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype
+from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype, unlocked
 from keras_pg2.losses import token_losses
 from keras_pg2.preprocessing import Preprocessor, batch_examples
 from keras_pg2.siglip import SiglipTower
@@ -28,7 +29,6 @@ _LORA_PATTERNS = {
     "attention": r"^text/.*/(query|key|value|output)$",
     "all-linear": r"^text/.*/(query|key|value|output|gate|up|down)$",
 }
-_logger = logging.getLogger(__name__)
 
 
 @keras.saving.register_keras_serializable("keras_pg2")
@@ -153,7 +153,7 @@ class PaliGemma2(keras.Model):
         self._assign(weights, _read(weights, self.variable_dtype))
 
     def _assign(self, weights, reading):
-        variables = self.variables_by_path()
+        variables = {k: v for k, v in self.variables_by_path().items() if not _is_seed(k)}
         wrong = sorted(set(variables) ^ set(weights)) + [
             f"{path}: expected {variables[path].shape}, found {weights[path].shape}"
             for path in sorted(set(variables) & set(weights))
@@ -163,6 +163,9 @@ class PaliGemma2(keras.Model):
             raise ValueError(f"These weights do not fit the model: {', '.join(wrong)}")
         for path, tensor in reading:
             _backend.set_value(variables[path], tensor)
+        for variable in self.variables:  # seeds
+            if variable._value is None:
+                variable._deferred_initialize()
 
     def weights_by_path(self):
         """The weights as `checkpoints.io.LazyTensor` by path, for writing; LoRA is folded in.
@@ -189,7 +192,7 @@ class PaliGemma2(keras.Model):
                 read=functools.partial(read, path, variable),
             )
             for path, variable in self.variables_by_path().items()
-            if "/lora_kernel_" not in path and "seed_generator" not in path
+            if "/lora_kernel_" not in path and not _is_seed(path)
         }
 
     def save_to_preset(self, folder, *, overwrite=False):
@@ -604,6 +607,263 @@ class PaliGemma2(keras.Model):
             )
         return self.preprocessor
 
+    # Training
+
+    def compile(self, optimizer="adamw", loss=None, *, label_smoothing=0.0, **kwargs):
+        """Configures training.
+
+        Args:
+            optimizer: a Keras optimizer or its name. Gradient accumulation and moving averages of
+                the weights are its options (`gradient_accumulation_steps`, `use_ema`).
+            loss: None for the cross-entropy of suffix tokens, which never makes a full logits
+                tensor; or a Keras loss over all logits.
+            label_smoothing: float in [0, 1), probability that is spread over all other tokens.
+                With `loss=None` only.
+            **kwargs: see `keras.Model.compile`.
+
+        Raises:
+            ValueError: if an option is out of range, or of the other kind of loss.
+        """
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"`label_smoothing` must be in [0, 1). Received: label_smoothing={label_smoothing}"
+            )
+        if loss is None and (kwargs.get("metrics") or kwargs.get("weighted_metrics")):
+            raise ValueError(
+                "With `loss=None` the model reports loss and token accuracy, and no `metrics`, "
+                "which need full logits. Pass a Keras loss, or a callback that calls `generate`."
+            )
+        if loss is not None and label_smoothing:
+            raise ValueError("`label_smoothing` goes with `loss=None`. Set it in `loss` instead.")
+        self._compile_loss = None
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        self.label_smoothing = label_smoothing
+        if not hasattr(self, "_loss"):
+            with unlocked(self):
+                self._loss = keras.metrics.Mean(name="loss")
+                self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
+
+    def get_compile_config(self):
+        return {**super().get_compile_config(), "label_smoothing": self.label_smoothing}
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=8,
+        *,
+        callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
+        shuffle=True,
+        validation_batch_size=None,
+        **kwargs,
+    ):
+        """Trains on raw data, which threads preprocess while the device computes.
+
+        Args:
+            x: a sequence of examples, such as `keras_pg2.data.jsonl(...)`, each a dict with
+                "image", "prefix" and "suffix"; a dict of columns "images", "prompts" and
+                "responses"; or an iterable of such examples or batches: `keras.utils.PyDataset`,
+                `tf.data.Dataset`, torch `DataLoader`, grain, a generator. Tokenized data has
+                "images", "token_ids", "padding_mask" and "suffix_mask" instead, see `call`.
+            y: None. With a loss of your own, targets as `keras.Model.fit` wants them.
+            batch_size: int, for data that is not in batches already.
+            callbacks: list of `keras.callbacks.Callback`.
+            validation_split: float in [0, 1), the share of the examples at the end that is used
+                for validation.
+            validation_data: data in any of these forms.
+            shuffle: bool, whether sequences and columns are shuffled anew in each epoch.
+            validation_batch_size: int or None for `batch_size`.
+            **kwargs: see `keras.Model.fit`: `epochs`, `verbose`, `steps_per_epoch`, ….
+
+        Returns:
+            `keras.callbacks.History`.
+
+        Raises:
+            ValueError: if there is no data or it has none of these forms, nothing is trainable, or
+                what is trainable has changed since `compile`.
+            FloatingPointError: if the loss is not finite any more.
+
+        Example:
+            >>> model.enable_lora(rank=8)
+            >>> model.compile(keras.optimizers.AdamW(1e-4))
+            >>> model.fit(keras_pg2.data.jsonl("train.jsonl"), batch_size=4, epochs=2)
+        """
+        self._check_trainable()
+        if self._compile_loss is None:
+            if validation_batch_size is None:
+                validation_batch_size = batch_size
+            x = self._batches(x, y, batch_size, shuffle)
+            if validation_split and validation_data is None:
+                x, validation_data = x.split(validation_split)
+            elif validation_data is not None:
+                validation_data = self._batches(validation_data, None, validation_batch_size)
+            callbacks = _with_watch(callbacks, x)
+            return super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
+        return super().fit(
+            *(x, y, batch_size),
+            callbacks=callbacks,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            shuffle=shuffle,
+            validation_batch_size=validation_batch_size,
+            **kwargs,
+        )
+
+    def evaluate(self, x=None, y=None, batch_size=8, **kwargs):
+        """Loss and token accuracy on raw data.
+
+        Args:
+            x, y, batch_size: see `fit`.
+            **kwargs: see `keras.Model.evaluate`.
+
+        Returns:
+            list of float, or dict with "loss" and "token_accuracy" if `return_dict`.
+        """
+        if self._compile_loss is None:
+            x = self._batches(x, y, batch_size)
+        return super().evaluate(x, y, batch_size=batch_size, **kwargs)
+
+    def predict(self, x, batch_size=8, verbose="auto", steps=None, callbacks=None, **options):
+        """Answers to raw data; of tokenized data the logits, as `keras.Model.predict`.
+
+        Args:
+            x: data as in `fit`; answers in it are not looked at.
+            batch_size: int, for data that is not in batches already.
+            verbose: 0 for no progress bar.
+            steps: int or None, most batches to read.
+            callbacks: for tokenized data, see `keras.Model.predict`.
+            **options: options of `generate`, such as `max_new_tokens`.
+
+        Returns:
+            list of str, or float32 (B, T, V).
+        """
+        if (isinstance(x, dict) and "token_ids" in x) or not batches.is_readable(x):
+            return super().predict(
+                x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
+            )
+        data = self._batches(x, None, batch_size)
+        count = data.num_batches if steps is None else steps
+        bar = keras.utils.Progbar(count, verbose=0 if verbose == 0 else 1)
+        answers = []
+        for batch in itertools.islice(data.raw_batches(), steps):
+            images, prompts, _ = batches.columns_of(batch)
+            answers += self.generate(images, prompts, batch_size=len(prompts), **options)
+            bar.add(1)
+        return answers
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if self._compile_loss is None:
+            return y_pred["loss"] + sum(self.losses)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        if self._compile_loss is not None:
+            return super().compute_metrics(x, y, y_pred, sample_weight)
+        num_tokens = y_pred["num_tokens"]
+        is_example = ops.cast(num_tokens > 0, "float32")
+        self._loss.update_state(y_pred["example_losses"], is_example)
+        self._token_accuracy.update_state(
+            y_pred["num_correct"] / ops.maximum(num_tokens, 1), num_tokens
+        )
+        return self.get_metrics_result()
+
+    @property
+    def metrics(self):
+        if not self.compiled:
+            return super().metrics
+        own = [self._loss, self._token_accuracy]
+        if self._compile_loss is None:
+            # Keras' own mean counts copies that fill up the last batch.
+            return own
+        return [metric for metric in super().metrics if metric not in own]
+
+    def enable_remat(self, towers=("vision", "text")):
+        """Saves memory in training: activations inside the blocks are computed twice, not kept.
+
+        Args:
+            towers: tuple of "vision" and "text"; () turns it off.
+
+        Raises:
+            ValueError: if a name is neither.
+        """
+        if unknown := sorted(set(towers) - {"vision", "text"}):
+            raise ValueError(f"`towers` must be of 'vision' and 'text'. Received: {unknown}")
+        self.vision.use_remat, self.text.use_remat = "vision" in towers, "text" in towers
+        self.train_function = None
+
+    def freeze(self, pattern=""):
+        """Excludes weights from training. Call `compile` after it.
+
+        Args:
+            pattern: regular expression, searched in the paths of the weights, such as "vision" or
+                "text/embedding". All by default.
+
+        Raises:
+            ValueError: if it matches nothing.
+
+        Example:
+            >>> model.freeze("^(vision|projector)/")
+        """
+        self._set_trainable(pattern, False)
+
+    def unfreeze(self, pattern=""):
+        """Includes weights in training again, see `freeze`."""
+        self._set_trainable(pattern, True)
+
+    def _set_trainable(self, pattern, value):
+        variables = {
+            path: variable
+            for path, variable in self.variables_by_path().items()
+            if re.search(pattern, path) and keras.backend.is_float_dtype(variable.dtype)
+        }
+        if not variables:
+            raise ValueError(
+                "`pattern` must match the path of a weight, such as "
+                f"{list(self.variables_by_path())[:3]}. Received: pattern={pattern!r}"
+            )
+        for variable in variables.values():
+            variable.trainable = value
+        self.train_function = None
+        self._report_trainable()
+
+    def _report_trainable(self):
+        count, total = (
+            sum(int(np.prod(v.shape)) for v in variables)
+            for variables in (self.trainable_variables, self.variables)
+        )
+        io_utils.print_msg(f"{count:,} of {total:,} parameters are trainable.")
+
+    def _check_trainable(self):
+        if not self.trainable_variables:
+            raise ValueError("No weight is trainable. Call `unfreeze` or `enable_lora` first.")
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None and optimizer.built:
+            known = getattr(optimizer, "inner_optimizer", optimizer)._trainable_variables
+            if {id(v) for v in known} != {id(v) for v in self.trainable_variables}:
+                raise ValueError(
+                    "What is trainable has changed since the optimizer was made. Call `compile` "
+                    "with a new optimizer before `fit`."
+                )
+
+    def _batches(self, x, y, batch_size, shuffle=False):
+        if isinstance(x, batches.Batches):
+            return x
+        if y is not None or not batches.is_readable(x):
+            raise ValueError(
+                "With `loss=None` answers are part of the data: pass `x` alone, examples or "
+                "batches as `fit` describes. "
+                f"Received: x of {type(x).__name__}, y of {type(y).__name__}"
+            )
+        return batches.Batches(
+            x, self.preprocessor, self.config.text.vocab_size, batch_size, shuffle
+        )
+
     # LoRA
 
     def enable_lora(
@@ -666,16 +926,7 @@ class PaliGemma2(keras.Model):
         for path, layer_options in options.items():
             layers[path].enable_lora(**dataclasses.asdict(layer_options))
         self._renew_programs()
-        count, total = (
-            sum(int(np.prod(v.shape)) for v in variables)
-            for variables in (self.trainable_variables, self.variables)
-        )
-        _logger.info(
-            "LoRA on %d layers: %s of %s parameters are trainable.",
-            len(options),
-            f"{count:,}",
-            f"{total:,}",
-        )
+        self._report_trainable()
 
     def lora_layers(self):
         """dict of path to each layer with LoRA."""
@@ -814,6 +1065,49 @@ class PaliGemma2(keras.Model):
             options = json.load(file)
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.model"))
         self.preprocessor = Preprocessor(tokenizer, **options)
+
+
+def _is_seed(path):
+    return path.endswith("/seed_generator_state")
+
+
+class _Watch(keras.callbacks.Callback):
+    """Tells the data which epoch begins, and stops when the loss is not finite any more."""
+
+    async_safe = True  # does not make every step wait for its loss
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.data.epoch = epoch
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch % 32 == 0:  # the mean over the epoch stays what it is
+            self._check(logs, f"step {batch}")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._check(logs, "its end")
+
+    def _check(self, logs, place):
+        if not np.isfinite(float((logs or {}).get("loss", 0))):
+            raise FloatingPointError(
+                f"The loss is not finite in epoch {self.epoch + 1}, found at {place}. A lower "
+                "learning rate, warm-up, `clipnorm=1.0` in the optimizer, or a policy other than "
+                "pure float16 (such as 'mixed_float16' or 'bfloat16') may help. The weights are "
+                "damaged: load them again."
+            )
+
+
+def _with_watch(callbacks, data):
+    """The callbacks with the watch in front, so that nobody saves weights that are damaged."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(_Watch(data))
+        return callbacks
+    callbacks = [] if callbacks is None else callbacks
+    return [_Watch(data), *(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks])]
 
 
 def _read(weights, dtype):

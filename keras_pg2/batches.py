@@ -1,0 +1,351 @@
+"""Raw data in any form to the batches that `fit`, `evaluate` and `predict` read.
+
+Data is a sequence of examples, a dict of columns, or an iterable of either examples or batches
+(`keras.utils.PyDataset`, `tf.data.Dataset`, torch `DataLoader`, grain, a generator). An example is
+a dict with "image" or "images", "prefix" or "prompt", and "suffix" or "response"; a batch is a dict
+with lists of them, or of arrays that are tokenized already.
+"""
+
+import collections.abc
+import itertools
+import logging
+
+import keras
+import numpy as np
+from keras.src.trainers.data_adapters import data_adapter, data_adapter_utils
+from keras.src.utils import rng_utils
+
+from keras_pg2 import _backend
+from keras_pg2.preprocessing import batch_examples
+
+_LOG = logging.getLogger(__name__)
+_IMAGES = ("images", "image")
+_PROMPTS = ("prompts", "prompt", "prefix")
+_RESPONSES = ("responses", "response", "suffix")
+_TOKENIZED = ("token_ids", "padding_mask", "suffix_mask", "loss_mask")
+_FORMS = (
+    "a dict or list of dicts with 'image', 'prefix' and 'suffix' (or 'images', 'prompts' and "
+    "'responses'), or an iterable of such examples or batches"
+)
+
+
+def is_readable(data):
+    """Whether `Batches` reads the data, so that it need not be left to Keras."""
+    if isinstance(data, (Batches, dict)):
+        return True
+    is_iterable = isinstance(data, collections.abc.Iterable) or hasattr(data, "__getitem__")
+    return is_iterable and not isinstance(data, (str, tuple)) and not hasattr(data, "__array__")
+
+
+class Batches(data_adapter.DataAdapter):
+    """Batches of one size for Keras' training loop, made in threads while the device computes.
+
+    The last batch is filled up with copies of an example that count in no loss, so that no
+    program is compiled for it. The order depends on the seed of `keras.utils.set_random_seed` and
+    on the epoch alone: a run that was interrupted goes on as it would have.
+
+    Args:
+        data: see the top of this file.
+        preprocessor: Preprocessor, or None if the data is tokenized.
+        vocab_size: int, V.
+        batch_size: int, for sequences and iterables of examples; iterables of batches have their
+            own.
+        shuffle: bool, whether sequences and columns are shuffled anew in each epoch.
+
+    Attributes:
+        epoch: int, number of the epoch that is read next.
+
+    Raises:
+        ValueError: if there is no data, or of none of the known forms.
+    """
+
+    def __init__(self, data, preprocessor, vocab_size, batch_size=8, shuffle=False):
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a positive integer. Received: {batch_size!r}")
+        self.preprocessor = preprocessor
+        self.epoch = 0
+        self._vocab_size = vocab_size
+        self._shuffle = shuffle
+        self._num_cut = self._num_seen = 0
+        self._has_warned = False
+        self._data = _Columns(data) if isinstance(data, dict) else data
+        length = _length(self._data)
+        is_indexed = length is not None and hasattr(self._data, "__getitem__")
+        iterator = None if is_indexed else iter(self._data)
+        try:
+            self._first = _unwrap(self._data[0] if is_indexed else next(iterator))
+        except (IndexError, StopIteration):
+            raise ValueError(f"The data is empty. Expected {_FORMS}.") from None
+        if iterator is self._data:  # a generator, which cannot begin again
+            self._data = itertools.chain([self._first], iterator)
+        self._in_batches = _is_batch(self._first)
+        self._is_sequence = is_indexed and not self._in_batches
+        self._batch_size = _batch_length(self._first) if self._in_batches else int(batch_size)
+        self._num_batches = length
+        if length is not None and not self._in_batches:
+            self._num_batches = -(-length // self._batch_size)
+
+    def split(self, fraction):
+        """Two parts: all but the last `fraction` of the examples, and those.
+
+        Args:
+            fraction: float in (0, 1).
+
+        Raises:
+            ValueError: if the data is no sequence, or a part would be empty.
+        """
+        count = int(len(self._data) * (1 - fraction)) if self._is_sequence else 0
+        if not 0 < count < len(self._data if self._is_sequence else ()):
+            raise ValueError(
+                "`validation_split` needs a sequence of examples long enough to split. Received: "
+                f"{type(self._data).__name__}, validation_split={fraction}. Pass "
+                "`validation_data` instead."
+            )
+        options = (self.preprocessor, self._vocab_size, self._batch_size)
+        rest = _Part(self._data, range(count))
+        part = _Part(self._data, range(count, len(self._data)))
+        return Batches(rest, *options, shuffle=self._shuffle), Batches(part, *options)
+
+    def raw_batches(self):
+        """An iterator over lists of examples, or over dicts that are a batch already."""
+        if self._is_sequence:
+            order = np.arange(len(self._data))
+            if self._shuffle:
+                seed = rng_utils.get_random_seed() or 0
+                np.random.default_rng((seed, self.epoch)).shuffle(order)
+            items = (self._data[int(index)] for index in order)
+        elif isinstance(self._data, keras.utils.PyDataset):
+            items = (_unwrap(self._data[index]) for index in range(self._num_batches))
+        else:
+            items = map(_unwrap, self._data)
+        if self._in_batches:
+            yield from items
+        else:
+            while batch := list(itertools.islice(items, self._batch_size)):
+                yield batch
+
+    def arrays(self):
+        """An iterator over tuples `(x,)`, x as `PaliGemma2.call` wants it."""
+        raw = ((batch,) for batch in self.raw_batches())
+        yield from _backend.prefetch(self._prepare, raw, threads=2)
+
+    def _prepare(self, batch):
+        if isinstance(batch, list) and "token_ids" in batch[0]:
+            batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
+        x = self._tokenized(batch) if "token_ids" in batch else self._preprocess(batch)
+        return (self._fill(x),)
+
+    def _tokenized(self, batch):
+        x = {name: np.asarray(keras.ops.convert_to_numpy(batch[name])) for name in batch}
+        unknown = set(x) - {"images", *_TOKENIZED}
+        if unknown or "images" not in x:
+            raise ValueError(
+                f"Tokenized data has 'images' and {list(_TOKENIZED)}. Received: {sorted(x)}"
+            )
+        if "loss_mask" not in x:
+            if "suffix_mask" not in x:
+                raise ValueError(
+                    "Tokenized data needs 'suffix_mask' or 'loss_mask', True on tokens to learn."
+                )
+            x["loss_mask"] = x["suffix_mask"]
+        ids = x["token_ids"]
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise ValueError(
+                f"`token_ids` must be integers in [0, {self._vocab_size}), the vocabulary. "
+                f"Received: dtype {ids.dtype}, values in [{ids.min()}, {ids.max()}]"
+            )
+        return x
+
+    def _preprocess(self, batch):
+        columns = columns_of(batch)
+        if columns[2] is None:
+            raise ValueError(
+                "Training needs answers: 'responses' or 'suffix'. Received: "
+                f"{sorted(batch if isinstance(batch, dict) else batch[0])}"
+            )
+        if self.preprocessor is None:
+            raise ValueError(
+                "The model has no preprocessor, so it learns from token ids alone. Set "
+                "`model.preprocessor = keras_pg2.Preprocessor(tokenizer, image_size)`."
+            )
+        x, _, _ = self.preprocessor.for_training(*columns)
+        x["loss_mask"] = x["suffix_mask"]
+        self._count_cut(columns, x)
+        return x
+
+    def _count_cut(self, columns, x):
+        """Notes answers that were cut, having no <eos>; nothing is dropped silently."""
+        full = np.flatnonzero(x["padding_mask"].all(axis=1))
+        length = self.preprocessor.sequence_length
+        cut = [
+            row
+            for row in full
+            if len(self.preprocessor.tokenize(columns[1][row], columns[2][row])[0]) >= length
+        ]
+        self._num_seen += len(columns[1])
+        self._num_cut += len(cut)
+        if cut and not self._has_warned:
+            self._has_warned = True
+            row = cut[0]
+            _LOG.warning(
+                "A prompt with its answer is longer than sequence_length=%d and is cut at the "
+                "end: prompt %.60r, answer %.60r. The number of such examples is reported after "
+                "the epoch. `model.preprocessor.sequence_length` sets the length.",
+                *(length, columns[1][row], columns[2][row]),
+            )
+
+    def _fill(self, x):
+        """Repeats the last example up to the batch size, without a share in the loss."""
+        missing = self._batch_size - len(x["token_ids"])
+        if missing <= 0:
+            return x
+        x = {name: np.concatenate([a, np.repeat(a[-1:], missing, 0)]) for name, a in x.items()}
+        x["loss_mask"][-missing:] = False
+        return x
+
+    # What Keras asks for
+
+    def get_numpy_iterator(self):
+        return self.arrays()
+
+    def get_jax_iterator(self):
+        return self.arrays()
+
+    def get_torch_dataloader(self):
+        return data_adapter_utils.get_torch_dataloader(self.arrays())
+
+    def get_tf_dataset(self):
+        sample = self._first if self._in_batches else [self._first]
+        return _backend.tf_dataset(self.arrays, self._prepare(sample))
+
+    @property
+    def num_batches(self):
+        return self._num_batches
+
+    @property
+    def batch_size(self):
+        return self._batch_size
+
+    @property
+    def has_partial_batch(self):
+        return False
+
+    @property
+    def partial_batch_size(self):
+        return None
+
+    def on_epoch_begin(self):
+        self._num_cut = self._num_seen = 0
+        _call(self._data, "on_epoch_begin")
+
+    def on_epoch_end(self):
+        if self._num_cut:
+            _LOG.warning(
+                "%d of %d examples were longer than sequence_length=%d and were cut.",
+                *(self._num_cut, self._num_seen, self.preprocessor.sequence_length),
+            )
+        self._num_cut = 0
+        _call(self._data, "on_epoch_end")
+
+
+def columns_of(batch):
+    """Images, prompts and responses of a batch.
+
+    Args:
+        batch: list of examples, or dict of lists; see the top of this file.
+
+    Returns:
+        images: list of lists of images.
+        prompts: list of str.
+        responses: list of str, or None without answers.
+
+    Raises:
+        ValueError: if a field is missing.
+    """
+    if isinstance(batch, list):
+        batch = {name: [example[name] for example in batch] for name in batch[0]}
+    found = [
+        next((batch[name] for name in names if name in batch), None)
+        for names in (_IMAGES, _PROMPTS, _RESPONSES)
+    ]
+    if found[0] is None or found[1] is None:
+        raise ValueError(f"Data must be {_FORMS}. Received a dict with {sorted(batch)}")
+    images, prompts, responses = found[0], *map(_texts, found[1:])
+    images, prompts, filled, _ = batch_examples(images, prompts, responses)
+    return images, prompts, None if responses is None else filled
+
+
+def _texts(column):
+    """A list of str, from the arrays of bytes that TensorFlow gives, too."""
+    if column is None or isinstance(column, str):
+        return column
+    items = column.numpy() if hasattr(column, "numpy") else column
+    return [item.decode() if isinstance(item, bytes) else item for item in items]
+
+
+class _Columns(collections.abc.Sequence):
+    """Columns as a sequence of examples."""
+
+    def __init__(self, columns):
+        columns = dict(columns)
+        if "token_ids" not in columns:
+            images, prompts, responses = columns_of(columns)
+            columns = {"images": images, "prompts": prompts, "responses": responses}
+            columns = {name: column for name, column in columns.items() if column is not None}
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"All columns must be of one length. Received: {lengths}")
+        self._columns = columns
+
+    def __len__(self):
+        return len(next(iter(self._columns.values())))
+
+    def __getitem__(self, index):
+        return {name: column[index] for name, column in self._columns.items()}
+
+
+class _Part(collections.abc.Sequence):
+    """Some examples of a sequence."""
+
+    def __init__(self, examples, indices):
+        self._examples, self._indices = examples, indices
+
+    def __len__(self):
+        return len(self._indices)
+
+    def __getitem__(self, index):
+        return self._examples[self._indices[index]]
+
+
+def _unwrap(item):
+    """An example or a batch, also out of the tuple that Keras' data sets give."""
+    if isinstance(item, tuple) and len(item) == 1:
+        item = item[0]
+    if not isinstance(item, collections.abc.Mapping):
+        raise ValueError(f"Data must be {_FORMS}. Received an item of {type(item).__name__}")
+    return item
+
+
+def _is_batch(item):
+    """Whether it holds lists, not a single prompt."""
+    if "token_ids" in item:
+        return np.ndim(item["token_ids"]) == 2
+    prompts = next((item[name] for name in _PROMPTS if name in item), "")
+    return not isinstance(prompts, (str, bytes)) and np.ndim(prompts) > 0
+
+
+def _batch_length(batch):
+    return len(next(batch[name] for name in (*_PROMPTS, "token_ids") if name in batch))
+
+
+def _length(data):
+    """Number of items, or None."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _call(data, name):
+    """Calls a hook of the data, if it has it."""
+    getattr(data, name, lambda: None)()
