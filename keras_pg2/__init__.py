@@ -2,6 +2,7 @@
 
 from keras_pg2 import data, recipes
 from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
+from keras_pg2.distribution import layout_map
 from keras_pg2.generation import Beam, Generation, Greedy, Sample
 from keras_pg2.paligemma import PaliGemma2
 from keras_pg2.preprocessing import Preprocessor
@@ -23,5 +24,6 @@ __all__ = [
     "SiglipConfig",
     "Tokenizer",
     "data",
+    "layout_map",
     "recipes",
 ]

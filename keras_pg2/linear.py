@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import numbers
+import random
 
 import keras
 from keras import ops
@@ -32,6 +33,10 @@ class StepSeed(keras.random.SeedGenerator):
     With rematerialization a block runs twice in a step and must drop the same values.
     `PaliGemma2.call` renews all seeds before a step.
     """
+
+    def __init__(self):
+        # Given explicitly, since torch otherwise does without. `set_random_seed` seeds it.
+        super().__init__(random.randint(1, 10**9))
 
     def next(self, ordered=True):
         return self.state.value * 1  # a copy

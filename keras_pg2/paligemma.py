@@ -845,8 +845,17 @@ class PaliGemma2(keras.Model):
         if not self.trainable_variables:
             raise ValueError("No weight is trainable. Call `unfreeze` or `enable_lora` first.")
         optimizer = getattr(self, "optimizer", None)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        low = {v.dtype for v in self.trainable_variables} & {"bfloat16", "float16"}
+        if low and getattr(optimizer, "beta_2", 0) > 0.996:
+            # Keras computes 1 - beta_2 in the dtype of the weights.
+            raise ValueError(
+                f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} moves no weight in "
+                f"{' or '.join(low)}, where beta_2 rounds to 1. Train with "
+                "dtype='mixed_bfloat16' (float32 weights), with LoRA, or with SGD."
+            )
         if optimizer is not None and optimizer.built:
-            known = getattr(optimizer, "inner_optimizer", optimizer)._trainable_variables
+            known = optimizer._trainable_variables
             if {id(v) for v in known} != {id(v) for v in self.trainable_variables}:
                 raise ValueError(
                     "What is trainable has changed since the optimizer was made. Call `compile` "
@@ -1053,6 +1062,17 @@ class PaliGemma2(keras.Model):
         if lora:
             model.enable_lora_on({path: LoraOptions(**options) for path, options in lora.items()})
         return model
+
+    def save_own_variables(self, store):
+        # Keras saves no seeds, so that a run which goes on would drop other values.
+        if seeds := self._step_seeds():
+            store["step_seeds"] = np.stack([ops.convert_to_numpy(s.state) for s in seeds])
+
+    def load_own_variables(self, store):
+        seeds = self._step_seeds()
+        if "step_seeds" in store and len(store["step_seeds"]) == len(seeds):
+            for seed, state in zip(seeds, store["step_seeds"]):
+                seed.state.assign(state)
 
     def save_assets(self, folder):
         if self.preprocessor is None:

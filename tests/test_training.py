@@ -174,7 +174,7 @@ def test_the_next_batch_is_made_meanwhile(columns):
 
 def test_fit_evaluate_predict(tokenizer, columns):
     model = micro_model(tokenizer)
-    model.compile(keras.optimizers.Adam(0.01))
+    model.compile(keras.optimizers.Adam(0.03))
     history = model.fit(columns, batch_size=4, epochs=4, validation_split=0.2, verbose=0).history
     assert set(history) == {"loss", "token_accuracy", "val_loss", "val_token_accuracy"}
     assert history["loss"][-1] < 0.7 * history["loss"][0]
@@ -202,31 +202,21 @@ def test_the_loss_is_that_of_full_logits(tokenizer, columns):
 
 
 def test_an_interrupted_run_goes_on_as_it_would_have(tokenizer, columns, tmp_path):
-    def run(epochs, **options):
-        model = micro_model(tokenizer, dropout=0.3)
-        model.compile(keras.optimizers.Adam(0.01))
-        backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
-        return model.fit(
-            columns, batch_size=4, epochs=epochs, verbose=0, callbacks=[backup], **options
-        ).history["loss"]
-
-    class InterruptedError(Exception):
-        pass
-
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 2:
-                raise InterruptedError
+                raise KeyboardInterrupt
 
-    whole = micro_model(tokenizer, dropout=0.3)
-    whole.compile(keras.optimizers.Adam(0.01))
-    expected = whole.fit(columns, batch_size=4, epochs=4, verbose=0).history["loss"]
-    model = micro_model(tokenizer, dropout=0.3)
-    model.compile(keras.optimizers.Adam(0.01))
+    def run(*callbacks):
+        model = micro_model(tokenizer, dropout=0.3)
+        model.compile(keras.optimizers.Adam(0.01))
+        return model.fit(columns, batch_size=4, epochs=4, verbose=0, callbacks=callbacks)
+
+    expected = run().history["loss"]
     backup = keras.callbacks.BackupAndRestore(tmp_path)
-    with pytest.raises(InterruptedError):
-        model.fit(columns, batch_size=4, epochs=4, verbose=0, callbacks=[backup, Interrupt()])
-    assert run(4) == pytest.approx(expected[2:], rel=1e-6)
+    with pytest.raises(KeyboardInterrupt):
+        run(backup, Interrupt())
+    assert run(backup).history["loss"] == pytest.approx(expected[2:], rel=1e-6)
 
 
 def test_gradient_accumulation_is_a_larger_batch(tokenizer, columns):
@@ -243,11 +233,22 @@ def test_gradient_accumulation_is_a_larger_batch(tokenizer, columns):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
 def test_low_precision(tokenizer, columns, policy):
     model = micro_model(tokenizer, dtype=policy)
-    model.compile(keras.optimizers.Adam(0.01))
+    is_mixed = policy.startswith("mixed")
+    model.compile(keras.optimizers.Adam(0.03) if is_mixed else keras.optimizers.SGD(1.0))
     assert hasattr(model.optimizer, "inner_optimizer") == (policy == "mixed_float16")
     losses = model.fit(columns, batch_size=10, epochs=6, verbose=0).history["loss"]
     assert losses[-1] < 0.8 * losses[0]
     assert all(np.isfinite(losses))
+
+
+def test_adam_does_nothing_in_bfloat16(tokenizer, columns):
+    model = micro_model(tokenizer, dtype="bfloat16")
+    model.compile("adam")
+    with pytest.raises(ValueError, match=r"Adam with beta_2=0.999 moves no weight in bfloat16"):
+        model.fit(columns, verbose=0)
+    model.enable_lora(2)
+    model.compile("adam")
+    model.fit(columns, batch_size=10, verbose=0)
 
 
 # Rematerialization, freezing
@@ -328,9 +329,9 @@ def test_lora_on_quantized_layers(tokenizer, columns):
     for layer in model._linear_layers().values():
         layer.quantize("int8")
     model.enable_lora(4, pattern=["all-linear", "vision/.*query"])
-    model.compile(keras.optimizers.Adam(0.03))
-    losses = model.fit(columns, batch_size=10, epochs=5, verbose=0).history["loss"]
-    assert losses[-1] < 0.9 * losses[0]
+    model.compile(keras.optimizers.Adam(0.1))
+    losses = model.fit(columns, batch_size=10, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_compile_options_are_saved(tokenizer, tmp_path):

@@ -1,0 +1,63 @@
+"""Trains on eight CPU devices and on one, and asserts that they learn the same. Run by a test."""
+
+import os
+
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import keras
+import numpy as np
+
+import keras_pg2
+from keras_pg2.config import GemmaConfig, SiglipConfig
+
+
+def train(config, distribution):
+    keras.distribution.set_distribution(distribution)
+    keras.utils.set_random_seed(0)
+    model = keras_pg2.PaliGemma2(config)
+    model.enable_lora(2, pattern="query")
+    model.unfreeze("text/.*(kernel|embeddings)$")
+    model.enable_remat()
+    model.compile(keras.optimizers.SGD(0.5))
+    rng = np.random.default_rng(0)
+    suffix = np.arange(12) > rng.integers(4, 8, (16, 1))
+    data = {
+        "images": rng.uniform(-1, 1, (16, 28, 28, 3)).astype("float32"),
+        "token_ids": rng.integers(3, 64, (16, 12)).astype("int32"),
+        "padding_mask": np.ones((16, 12), bool),
+        "suffix_mask": suffix,
+    }
+    losses = model.fit(data, batch_size=8, epochs=2, verbose=0).history["loss"]
+    devices = {
+        path: len({str(shard.index) for shard in variable.value.addressable_shards})
+        for path, variable in model.variables_by_path().items()
+    }
+    return losses, devices
+
+
+def main():
+    config = keras_pg2.PaliGemmaConfig(
+        SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=4, image_size=28),
+        GemmaConfig(
+            **{"width": 16, "depth": 2, "mlp_dim": 32, "num_heads": 4, "num_kv_heads": 2},
+            **{"head_dim": 8, "query_pre_attn_scalar": 8, "vocab_size": 64},
+        ),
+    )
+    mesh = keras.distribution.DeviceMesh((2, 4), ("data", "model"))
+    layouts = keras_pg2.layout_map(config, mesh)
+    parallel = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="data")
+    losses, devices = train(config, parallel)
+    expected, _ = train(config, None)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert losses[1] < losses[0]
+    assert devices["text/block_0/mlp/up/kernel"] == 8
+    assert devices["text/block_0/attention/query/kernel"] == 8
+    assert devices["text/block_0/attention/key/kernel"] == 2  # two heads, four devices
+    assert devices["text/embedding/embeddings"] == 8
+    assert devices["vision/block_0/mlp/up/bias"] == 4
+    assert devices["text/final_norm/scale"] == 1
+
+
+if __name__ == "__main__":
+    main()
