@@ -10,8 +10,9 @@ from keras import ops
 
 from keras_pg2 import _backend
 
-# Most logits in memory at a time: 256 MiB in float32, about 260 rows of PaliGemma's vocabulary.
-_MAX_LOGITS = 2**26
+# Most logits in memory at a time: 128 MiB in float32, about 130 rows of PaliGemma's vocabulary.
+_MAX_LOGITS = 2**25
+_MIN_CHUNKS = 4  # most answers are short, and chunks after the longest are left out
 
 
 def chunk_length(batch_size, length, vocab_size):
@@ -28,7 +29,7 @@ def chunk_length(batch_size, length, vocab_size):
         int in [1, T].
     """
     longest = max(1, _MAX_LOGITS // (batch_size * vocab_size))
-    return math.ceil(length / math.ceil(length / longest))
+    return math.ceil(length / max(_MIN_CHUNKS, math.ceil(length / longest)))
 
 
 def token_losses(

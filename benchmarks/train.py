@@ -1,0 +1,222 @@
+"""A LoRA training step on this machine: seconds and peak memory, beside keras_hub and PEFT.
+
+    python benchmarks/train.py [--backends jax tensorflow torch] [--repeat 3] [--steps 5]
+
+A mid-size PaliGemma 2 (8 blocks of 1,024, the real vocabulary, random weights), 2 examples at
+224 px with 64 tokens of text, 16 of them to learn; LoRA of rank 4 on query and value of both
+towers, AdamW. Each contestant runs in a process of its own, interleaved. Prints medians of the
+steps after the first two, as a Markdown table; ratios are to keras_hub on the same backend.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+BATCH_SIZE, LENGTH, SUFFIX, VOCAB_SIZE = 2, 64, 16, 257_152
+VISION = {"width": 384, "depth": 6, "mlp_dim": 1536, "num_heads": 6}
+TEXT = {
+    **{"width": 1024, "depth": 8, "mlp_dim": 4096, "num_heads": 8, "num_kv_heads": 4},
+    **{"head_dim": 128, "query_pre_attn_scalar": 128, "use_post_norms": True},
+    **{"attn_logit_softcap": 50.0, "final_logit_softcap": 30.0},
+}
+
+
+def tokens():
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(10, 1000, (BATCH_SIZE, LENGTH)).astype("int32")
+    is_suffix = np.zeros((BATCH_SIZE, LENGTH), bool)
+    is_suffix[:, -SUFFIX:] = True
+    images = rng.uniform(-1, 1, (BATCH_SIZE, 224, 224, 3)).astype("float32")
+    return images, token_ids, is_suffix
+
+
+def keras_steps(model, batch, num_steps):
+    """Seconds of each step of `train_on_batch`, which waits for the loss."""
+    seconds = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        model.train_on_batch(*batch)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def our_steps(dtype, num_steps, remat):
+    import keras
+
+    import keras_pg2
+    from keras_pg2.config import GemmaConfig, SiglipConfig
+
+    config = keras_pg2.PaliGemmaConfig(SiglipConfig(**VISION), GemmaConfig(**TEXT))
+    model = keras_pg2.PaliGemma2(config, dtype=dtype)
+    model.enable_lora(4, pattern="(query|value)$")
+    if remat:
+        model.enable_remat()
+    model.compile(keras.optimizers.AdamW(1e-4))
+    images, token_ids, is_suffix = tokens()
+    x = {"images": images, "token_ids": token_ids, "padding_mask": np.ones_like(is_suffix)}
+    return keras_steps(model, ({**x, "suffix_mask": is_suffix, "loss_mask": is_suffix},), num_steps)
+
+
+def keras_hub_steps(dtype, num_steps):
+    import keras
+    import keras_hub
+
+    backbone = keras_hub.models.PaliGemmaBackbone(
+        vocabulary_size=VOCAB_SIZE,
+        image_size=224,
+        num_layers=TEXT["depth"],
+        num_query_heads=TEXT["num_heads"],
+        num_key_value_heads=TEXT["num_kv_heads"],
+        hidden_dim=TEXT["width"],
+        intermediate_dim=2 * TEXT["mlp_dim"],
+        head_dim=TEXT["head_dim"],
+        vit_patch_size=14,
+        vit_num_heads=VISION["num_heads"],
+        vit_hidden_dim=VISION["width"],
+        vit_num_layers=VISION["depth"],
+        vit_intermediate_dim=VISION["mlp_dim"],
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        attention_logit_soft_cap=50,
+        final_logit_soft_cap=30,
+        dtype=dtype,
+    )
+    backbone.enable_lora(4)
+    model = keras_hub.models.PaliGemmaCausalLM(backbone=backbone, preprocessor=None)
+    model.compile(
+        keras.optimizers.AdamW(1e-4),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    images, token_ids, is_suffix = tokens()
+    x = {"images": images, "token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    x["response_mask"] = is_suffix.astype("int32")
+    y, weight = np.roll(token_ids, -1, axis=1), np.roll(is_suffix, -1, axis=1)
+    weight[:, -1] = False
+    return keras_steps(model, (x, y, weight.astype("float32")), num_steps)
+
+
+def peft_steps(dtype, num_steps):
+    import peft
+    import torch
+    import transformers
+
+    text = {
+        "model_type": "gemma2",
+        "vocab_size": VOCAB_SIZE + 64,
+        "hidden_size": TEXT["width"],
+        "intermediate_size": TEXT["mlp_dim"],
+        "num_hidden_layers": TEXT["depth"],
+        "num_attention_heads": TEXT["num_heads"],
+        "num_key_value_heads": TEXT["num_kv_heads"],
+        "head_dim": TEXT["head_dim"],
+        "query_pre_attn_scalar": TEXT["query_pre_attn_scalar"],
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": VISION["width"],
+        "intermediate_size": VISION["mlp_dim"],
+        "num_hidden_layers": VISION["depth"],
+        "num_attention_heads": VISION["num_heads"],
+        "image_size": 224,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    config = transformers.PaliGemmaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=VOCAB_SIZE,
+        projection_dim=TEXT["width"],
+        hidden_size=TEXT["width"],
+    )
+    config._attn_implementation = "eager"  # soft caps allow no other
+    torch.set_default_dtype(getattr(torch, dtype))
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    images, token_ids, is_suffix = tokens()
+    placeholders = np.full((BATCH_SIZE, 256), VOCAB_SIZE)
+    input_ids = np.concatenate([placeholders, token_ids], axis=1)
+    token_type_ids = np.concatenate([placeholders * 0, is_suffix], axis=1).astype("int64")
+    batch = {
+        "pixel_values": torch.tensor(images.transpose(0, 3, 1, 2).copy()).to(model.dtype),
+        "input_ids": torch.tensor(input_ids),
+        "attention_mask": torch.ones(input_ids.shape, dtype=torch.long),
+        "token_type_ids": torch.tensor(token_type_ids),
+        "labels": torch.tensor(np.where(token_type_ids > 0, input_ids, -100)),
+    }
+    seconds = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(contestant, num_steps):
+    package, _, backend = contestant.partition("/")
+    dtype = "bfloat16" if backend == "torch" else "float32"  # what is fastest on a CPU
+    if package == "peft":
+        seconds = peft_steps(dtype, num_steps)
+    elif package == "keras_hub":
+        seconds = keras_hub_steps(dtype, num_steps)
+    else:
+        seconds = our_steps(dtype, num_steps, remat=package.endswith("remat"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(json.dumps({"seconds": statistics.median(seconds[2:]), "peak_gb": peak}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=7, help="of each process, at least 3")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options.steps)
+        return
+    packages = ("keras_hub", "keras_pg2", "keras_pg2-remat")
+    contestants = [f"{package}/{name}" for name in options.backends for package in packages]
+    contestants += ["peft/torch"] if "torch" in options.backends else []
+    results = {contestant: [] for contestant in contestants}
+    for _ in range(options.repeat):
+        for contestant in contestants:
+            backend = contestant.partition("/")[2]
+            command = [sys.executable, __file__, "--steps", str(options.steps)]
+            run = subprocess.run(
+                [*command, "--measure", contestant],
+                env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+                capture_output=True,
+                text=True,
+            )
+            if run.returncode:
+                print(f"{contestant} failed: {run.stderr.strip().splitlines()[-1:]}")
+            else:
+                results[contestant].append(json.loads(run.stdout.strip().splitlines()[-1]))
+    print("| step | seconds (least to most) | of keras_hub | peak GB |\n|---|---|---|---|")
+    medians = {
+        name: statistics.median(run["seconds"] for run in runs)
+        for name, runs in results.items()
+        if runs
+    }
+    for name, seconds in medians.items():
+        times = sorted(run["seconds"] for run in results[name])
+        peak = statistics.median(run["peak_gb"] for run in results[name])
+        base = medians.get(f"keras_hub/{name.partition('/')[2]}", seconds)
+        spread = f"{seconds:.2f} ({times[0]:.2f} to {times[-1]:.2f})"
+        print(f"| {name} | {spread} | {seconds / base:.2f} × | {peak:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
