@@ -16,7 +16,7 @@ def gradients(function, variables):
             with keras.StatelessScope(state_mapping=list(zip(variables, values))):
                 return function()
 
-        value, found = jax.value_and_grad(stateless)([v.value for v in variables])
+        value, found = jax.jit(jax.value_and_grad(stateless))([v.value for v in variables])
     elif _backend.BACKEND == "tensorflow":
         import tensorflow as tf
 

@@ -201,6 +201,7 @@ def test_the_loss_is_that_of_full_logits(tokenizer, columns):
     assert loss == pytest.approx(plain.sum() / 10, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_it_would_have(tokenizer, columns, tmp_path):
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -219,6 +220,7 @@ def test_an_interrupted_run_goes_on_as_it_would_have(tokenizer, columns, tmp_pat
     assert run(backup).history["loss"] == pytest.approx(expected[2:], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_a_larger_batch(tokenizer, columns):
     def weights(batch_size, steps):
         model = micro_model(tokenizer)
@@ -230,6 +232,7 @@ def test_gradient_accumulation_is_a_larger_batch(tokenizer, columns):
     np.testing.assert_allclose(weights(2, 2), weights(4, None), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
 def test_low_precision(tokenizer, columns, policy):
     model = micro_model(tokenizer, dtype=policy)
@@ -241,6 +244,7 @@ def test_low_precision(tokenizer, columns, policy):
     assert all(np.isfinite(losses))
 
 
+@pytest.mark.slow
 def test_adam_does_nothing_in_bfloat16(tokenizer, columns):
     model = micro_model(tokenizer, dtype="bfloat16")
     model.compile("adam")
@@ -324,6 +328,7 @@ def test_freeze_and_unfreeze(tokenizer, columns):
         model.fit(columns, verbose=0)
 
 
+@pytest.mark.slow
 def test_lora_on_quantized_layers(tokenizer, columns):
     model = micro_model(tokenizer)
     for layer in model._linear_layers().values():
@@ -412,6 +417,7 @@ def test_bad_options(tokenizer, columns):
         model.fit(in_batches(columns), validation_split=0.5, verbose=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_backend.BACKEND != "jax", reason="keras.distribution needs jax")
 def test_distribution():
     """Eight devices, weights and batch spread over them, learn what one device does."""
