@@ -151,6 +151,60 @@ layers/pali_gemma_decoder_block{_}/post_attention_norm/vars/0                   
 layers/pali_gemma_decoder_block{_}/post_ffw_norm/vars/0                                                              text/block_{}/post_mlp_norm/scale         D -> D
 """
 
+# The `<seg>` codec, big_vision's vae-oid.npz, which keeps the names and layouts of PyTorch: kernels
+# (out, in, p, q), transposed ones (in, out, p, q).
+SEGMENTATION_CODEC = """
+encoder.0.weight        encoder/downsample_0/kernel
+encoder.0.bias          encoder/downsample_0/bias
+encoder.2.weight        encoder/downsample_1/kernel
+encoder.2.bias          encoder/downsample_1/bias
+encoder.4.weight        encoder/downsample_2/kernel
+encoder.4.bias          encoder/downsample_2/bias
+encoder.6.weight        encoder/downsample_3/kernel
+encoder.6.bias          encoder/downsample_3/bias
+encoder.8.net.0.weight  encoder/residual_0/conv_0/kernel
+encoder.8.net.0.bias    encoder/residual_0/conv_0/bias
+encoder.8.net.2.weight  encoder/residual_0/conv_1/kernel
+encoder.8.net.2.bias    encoder/residual_0/conv_1/bias
+encoder.8.net.4.weight  encoder/residual_0/conv_2/kernel
+encoder.8.net.4.bias    encoder/residual_0/conv_2/bias
+encoder.9.net.0.weight  encoder/residual_1/conv_0/kernel
+encoder.9.net.0.bias    encoder/residual_1/conv_0/bias
+encoder.9.net.2.weight  encoder/residual_1/conv_1/kernel
+encoder.9.net.2.bias    encoder/residual_1/conv_1/bias
+encoder.9.net.4.weight  encoder/residual_1/conv_2/kernel
+encoder.9.net.4.bias    encoder/residual_1/conv_2/bias
+encoder.10.weight       encoder/projection/kernel
+encoder.10.bias         encoder/projection/bias
+_vq_vae._embedding      codebook
+decoder.0.weight        decoder/projection/kernel
+decoder.0.bias          decoder/projection/bias
+decoder.2.net.0.weight  decoder/residual_0/conv_0/kernel
+decoder.2.net.0.bias    decoder/residual_0/conv_0/bias
+decoder.2.net.2.weight  decoder/residual_0/conv_1/kernel
+decoder.2.net.2.bias    decoder/residual_0/conv_1/bias
+decoder.2.net.4.weight  decoder/residual_0/conv_2/kernel
+decoder.2.net.4.bias    decoder/residual_0/conv_2/bias
+decoder.3.net.0.weight  decoder/residual_1/conv_0/kernel
+decoder.3.net.0.bias    decoder/residual_1/conv_0/bias
+decoder.3.net.2.weight  decoder/residual_1/conv_1/kernel
+decoder.3.net.2.bias    decoder/residual_1/conv_1/bias
+decoder.3.net.4.weight  decoder/residual_1/conv_2/kernel
+decoder.3.net.4.bias    decoder/residual_1/conv_2/bias
+decoder.4.weight        decoder/upsample_0/kernel
+decoder.4.bias          decoder/upsample_0/bias
+decoder.6.weight        decoder/upsample_1/kernel
+decoder.6.bias          decoder/upsample_1/bias
+decoder.8.weight        decoder/upsample_2/kernel
+decoder.8.bias          decoder/upsample_2/bias
+decoder.10.weight       decoder/upsample_3/kernel
+decoder.10.bias         decoder/upsample_3/bias
+decoder.12.weight       decoder/output/kernel
+decoder.12.bias         decoder/output/bias
+"""
+# Of its training: moving averages of the codebook.
+SEGMENTATION_CODEC_IGNORED = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")
+
 _TABLES = {  # format: (common rows, rows of Gemma 1, rows of Gemma 2)
     "hf": (_HUGGING_FACE, _HUGGING_FACE_GEMMA1, _HUGGING_FACE_GEMMA2),
     "big-vision": (_BIG_VISION, "", _BIG_VISION_GEMMA2),
