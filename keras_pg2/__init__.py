@@ -5,6 +5,7 @@ from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from keras_pg2.generation import Beam, Generation, Greedy, Sample
 from keras_pg2.paligemma import PaliGemma2
 from keras_pg2.preprocessing import Preprocessor
+from keras_pg2.segmentation import SegmentationCodec
 from keras_pg2.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "PaliGemmaConfig",
     "Preprocessor",
     "Sample",
+    "SegmentationCodec",
     "SiglipConfig",
     "Tokenizer",
     "data",

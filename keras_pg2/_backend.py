@@ -199,6 +199,15 @@ def repeat(step, count, state):
     return ops.fori_loop(0, count, step, state)
 
 
+def recomputed(function):
+    """The function, but for its gradient it is computed again; nothing inside is kept.
+
+    For what is cheap to compute and large to keep: norms, gates, attention probabilities.
+    Only jax and a compiler gain from it, so elsewhere the function stays what it is.
+    """
+    return jax.checkpoint(function) if BACKEND == "jax" else function
+
+
 def with_gradients(function):
     """A differentiable function whose gradients are computed in its forward pass.
 

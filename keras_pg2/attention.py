@@ -140,19 +140,22 @@ def attention(query, key, value, mask=None, logit_softcap=None):
 
     Source: big_vision `models/ppp/gemma.py`, `Attention.__call__`.
     """
+    query = ops.cast(query, key.dtype)
+    function = _backend.recomputed(
+        lambda query, key, value, mask: _attention(query, key, value, mask, logit_softcap)
+    )
     query_length, key_length = query.shape[1], key.shape[1]
     is_static = isinstance(query_length, int) and isinstance(key_length, int)
     chunk = max(1, _MAX_LOGITS // key_length) if is_static else None
     if not is_static or query_length <= chunk:
-        return _attention(query, key, value, mask, logit_softcap)
+        return function(query, key, value, mask)
     # Long prefixes (896 px has 4,096 image tokens) would need gigabytes of logits.
     outputs = [
-        _attention(
+        function(
             query[:, start : start + chunk],
             key,
             value,
             None if mask is None else mask[:, start : start + chunk],
-            logit_softcap,
         )
         for start in range(0, query_length, chunk)
     ]
@@ -164,7 +167,7 @@ def _attention(query, key, value, mask, logit_softcap):
     num_kv_heads = key.shape[2]
     query_length = ops.shape(query)[1]
     group = (-1, query_length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    query = ops.reshape(ops.cast(query, key.dtype), group)  # (B, T, K, G, H)
+    query = ops.reshape(query, group)  # (B, T, K, G, H)
     logits = _backend.einsum_float32("btkgh,bskh->bkgts", query, key)
     if logit_softcap is not None:
         logits = ops.tanh(logits / logit_softcap) * logit_softcap

@@ -31,9 +31,12 @@ class RMSNorm(layers.Layer):
         self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer="zeros")
 
     def call(self, x):
+        return _backend.recomputed(self._normalize)(x, ops.convert_to_tensor(self.scale))
+
+    def _normalize(self, x, scale):
         x = ops.cast(x, "float32")
         x = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.eps)
-        x = x * (1.0 + ops.cast(self.scale, "float32"))
+        x = x * (1.0 + ops.cast(scale, "float32"))
         return ops.cast(x, activation_dtype(self.compute_dtype))
 
     def compute_output_shape(self, input_shape):
@@ -91,6 +94,10 @@ class GemmaAttention(layers.Layer):
         return self.output_projection(output), cache
 
 
+def _gelu_times(gate, up):
+    return activations.gelu(gate, approximate=True) * up
+
+
 class GemmaMLP(layers.Layer):
     """Gated MLP: `down(gelu(gate(x)) · up(x))`, GELU in its tanh form.
 
@@ -118,7 +125,7 @@ class GemmaMLP(layers.Layer):
         self.down.build((*input_shape[:-1], self.config.mlp_dim))
 
     def call(self, x):
-        return self.down(activations.gelu(self.gate(x), approximate=True) * self.up(x))
+        return self.down(_backend.recomputed(_gelu_times)(self.gate(x), self.up(x)))
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -28,6 +28,8 @@ _TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask", "loss_mask")
 _LORA_PATTERNS = {
     "attention": r"^text/.*/(query|key|value|output)$",
     "all-linear": r"^text/.*/(query|key|value|output|gate|up|down)$",
+    "vision-attention": r"^vision/.*/(query|key|value|output)$",
+    "vision-all-linear": r"^vision/.*/(query|key|value|output|up|down)$",
 }
 
 
@@ -880,7 +882,8 @@ class PaliGemma2(keras.Model):
             pattern: regular expression, searched in the paths of the linear layers, such as
                 "text/block_3/attention/query", "vision/block_0/mlp/up" or "projector". Or
                 "attention": the decoder's query, key, value and output; or "all-linear": also
-                its gate, up and down.
+                its gate, up and down; or "vision-attention" or "vision-all-linear", the same in
+                the vision tower. Or a list of these.
 
         Raises:
             ValueError: if an option is out of range, no layer matches, or LoRA is enabled.
@@ -893,8 +896,9 @@ class PaliGemma2(keras.Model):
         """
         options = LoraOptions(rank, rank if alpha is None else alpha, dropout)
         paths = list(self._linear_layers())
-        regex = _LORA_PATTERNS.get(pattern, pattern)
-        matching = [path for path in paths if re.search(regex, path)]
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        patterns = [_LORA_PATTERNS.get(name, name) for name in patterns]
+        matching = [path for path in paths if any(re.search(regex, path) for regex in patterns)]
         if not matching:
             raise ValueError(
                 f"`pattern` must match the path of a linear layer, as {paths[:3]} … {paths[-3:]}, "

@@ -129,7 +129,6 @@ class SegmentationCodec(keras.Model):
         self.num_residual_blocks = num_residual_blocks
         self.code_width = code_width
         self.programs = _backend.Programs()
-        self.seed_generator = keras.random.SeedGenerator()
         policy = self.dtype_policy
 
         def residual_blocks():
@@ -177,11 +176,17 @@ class SegmentationCodec(keras.Model):
             shape=(NUM_SEGMENTS, self.code_width),
             initializer="random_normal",
             dtype="float32",
+            autocast=False,  # under a mixed policy Keras would assign to a copy
             trainable=False,
         )
         # Relative to the mean. Zeros make the first batch of a training choose all rows.
         self.usage = self.add_weight(
-            name="usage", shape=(NUM_SEGMENTS,), initializer="zeros", trainable=False
+            name="usage",
+            shape=(NUM_SEGMENTS,),
+            initializer="zeros",
+            dtype="float32",
+            autocast=False,
+            trainable=False,
         )
         self.built = True
 
@@ -212,7 +217,8 @@ class SegmentationCodec(keras.Model):
         else:
             config, tensors = _read_config(path), io.read_safetensors(*os.path.split(path))
         try:
-            codec = cls(**config)
+            with _backend.variables_without_values():
+                codec = cls(**config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"The codec {path!r} has a config of another kind: {error}") from error
         codec._assign_weights(tensors, path)
@@ -246,8 +252,9 @@ class SegmentationCodec(keras.Model):
             "version": str(_VERSION),
             "config": json.dumps(self._architecture()),
         }
-        with io.replace_when_done(path, overwrite) as new:
-            safetensors.numpy.save_file(tensors, new, metadata)
+        # The library's `save_file` would hide the file from other users.
+        with io.replace_when_done(path, overwrite) as new, open(new, "wb") as file:
+            file.write(safetensors.numpy.save(tensors, metadata))
 
     # Masks and codes
 
@@ -263,7 +270,7 @@ class SegmentationCodec(keras.Model):
         Raises:
             ValueError: if `masks` has another shape, dtype or range.
         """
-        masks = _backend.to_numpy(masks)
+        masks = ops.convert_to_numpy(masks)
         received = f"Received: shape {masks.shape}, dtype {masks.dtype}"
         if masks.shape[1:] not in ((MASK_SIZE, MASK_SIZE), (MASK_SIZE, MASK_SIZE, 1)):
             raise ValueError(
@@ -292,7 +299,7 @@ class SegmentationCodec(keras.Model):
         Raises:
             ValueError: if `codes` has another shape, dtype or range.
         """
-        codes = _backend.to_numpy(codes)
+        codes = ops.convert_to_numpy(codes)
         is_int = np.issubdtype(codes.dtype, np.integer)
         if codes.ndim != 2 or codes.shape[1] != GRID_SIZE**2 or not is_int:
             raise ValueError(
@@ -349,9 +356,9 @@ class SegmentationCodec(keras.Model):
         moved = (ops.expand_dims(old, -1) * self.codebook + totals) / ops.expand_dims(
             ops.maximum(usage, _DEAD_USAGE), -1
         )
-        draws = keras.random.uniform((NUM_SEGMENTS,), seed=self.seed_generator)
-        draws = ops.minimum(ops.floor(draws * count), count - 1)
-        restarts = ops.take(features, ops.cast(draws, "int32"), axis=0)
+        # Any features of the batch do, since batches are shuffled; the prime spreads their cells.
+        places = ops.arange(NUM_SEGMENTS, dtype="int32") * 521 % ops.shape(features)[0]
+        restarts = ops.take(features, places, axis=0)
         is_dead = usage < _DEAD_USAGE
         self.codebook.assign(ops.where(ops.expand_dims(is_dead, -1), restarts, moved))
         self.usage.assign(ops.where(is_dead, ops.ones_like(usage), usage))
@@ -426,7 +433,7 @@ class SegmentationCodec(keras.Model):
                 raise ValueError(f"The file {path!r} is damaged: {name} holds NaN or infinity.")
         for name, array in arrays.items():
             _backend.set_value(variables[name], array)
-        self.usage.assign(ops.ones(NUM_SEGMENTS))  # training goes on where it stopped
+        _backend.set_value(self.usage, np.ones(NUM_SEGMENTS, "float32"))  # no row is dead
 
 
 def _conv(width, kernel_size, activation, strides=1, **kwargs):
@@ -476,7 +483,9 @@ def _read_config(path):
     try:
         return dict(json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The file {path!r} is damaged: its config is no JSON: {error}") from error
+        raise ValueError(
+            f"The file {path!r} is damaged: its config is no JSON object: {error}"
+        ) from error
 
 
 def _from_big_vision(tensors):
@@ -571,7 +580,7 @@ def mask_from_codes(decoded, box, height, width):
     Raises:
         ValueError: if `decoded` or `box` has another shape, or `box` holds NaN.
     """
-    decoded = _backend.to_numpy(decoded)
+    decoded = ops.convert_to_numpy(decoded)
     box = np.asarray(box, "float64")
     if decoded.shape != (MASK_SIZE, MASK_SIZE):
         raise ValueError(

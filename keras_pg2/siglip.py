@@ -3,6 +3,7 @@
 import keras
 from keras import activations, layers, ops
 
+from keras_pg2 import _backend
 from keras_pg2.attention import attention
 from keras_pg2.linear import Linear, activation_dtype
 
@@ -45,6 +46,10 @@ class SiglipAttention(layers.Layer):
         return input_shape
 
 
+def _gelu(x):
+    return activations.gelu(x, approximate=True)
+
+
 class SiglipMLP(layers.Layer):
     """Two linear maps with a GELU (tanh form) between them.
 
@@ -69,7 +74,7 @@ class SiglipMLP(layers.Layer):
         self.down.build((*input_shape[:-1], self.config.mlp_dim))
 
     def call(self, x):
-        return self.down(activations.gelu(self.up(x), approximate=True))
+        return self.down(_backend.recomputed(_gelu)(self.up(x)))
 
     def compute_output_shape(self, input_shape):
         return input_shape

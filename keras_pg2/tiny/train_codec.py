@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from keras_pg2.segmentation import SegmentationCodec, boxes_of_masks, crop_masks, mask_from_codes
 
 _LOG = logging.getLogger(__name__)
-ARCHITECTURE = {"widths": (16, 32, 48, 64), "num_residual_blocks": 2, "code_width": 32}
+ARCHITECTURE = {"widths": (8, 24, 48, 64), "num_residual_blocks": 1, "code_width": 16}
 
 
 def train(masks, *, epochs, seed=0, batch_size=64, learning_rate=2e-3, **architecture):
@@ -172,14 +172,16 @@ def main(argv=None):
     """Trains, measures and saves the codec."""
     parser = argparse.ArgumentParser(prog="python -m keras_pg2.tiny.train_codec")
     parser.add_argument("out", help="path of the .safetensors file to write")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--masks", type=int, default=12_000, help="to train on, 2/3 of them digits")
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace OUT")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     scans, held_out = digit_scans()
-    masks = digit_masks(scans, 8_000, seed=1) + shape_masks(4_000, seed=2)
+    shapes = options.masks // 3
+    masks = digit_masks(scans, options.masks - shapes, seed=1) + shape_masks(shapes, seed=2)
     codec = train(inside_boxes(masks), epochs=options.epochs, seed=options.seed)
     codec.save_file(options.out, dtype="float16", overwrite=options.force)
 

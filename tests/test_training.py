@@ -1,0 +1,423 @@
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_pg2 import PaliGemma2, PaliGemmaConfig, Preprocessor, _backend, batches
+from keras_pg2.config import GemmaConfig, SiglipConfig
+from tests.test_losses import gradients
+
+VOCAB_SIZE = 1664
+
+
+def micro_model(tokenizer, dtype="float32", **changes):
+    """Two blocks of 16 units: 60,000 parameters, nearly all in the embedding."""
+    keras.utils.set_random_seed(0)
+    vision = SiglipConfig(width=16, depth=1, mlp_dim=24, num_heads=2, image_size=28)
+    text = GemmaConfig(
+        **{"width": 16, "depth": 2, "mlp_dim": 24, "num_heads": 2, "num_kv_heads": 1},
+        **{"head_dim": 8, "query_pre_attn_scalar": 8, "use_post_norms": True},
+        **{"attn_logit_softcap": 50.0, "final_logit_softcap": 30.0, "vocab_size": VOCAB_SIZE},
+        **changes,
+    )
+    preprocessor = Preprocessor(tokenizer, 28, sequence_length=16)
+    return PaliGemma2(PaliGemmaConfig(vision, text), preprocessor, dtype=dtype)
+
+
+@pytest.fixture
+def columns():
+    """Ten pictures with answers of one to three words."""
+    rng = np.random.default_rng(0)
+    return {
+        "images": list(rng.integers(0, 256, (10, 20, 24, 3), "uint8")),
+        "prompts": ["ocr"] * 10,
+        "responses": [" ".join(["cat"] * (1 + i % 3)) for i in range(10)],
+    }
+
+
+def examples_of(columns):
+    names = {"images": "image", "prompts": "prefix", "responses": "suffix"}
+    rows = zip(*columns.values())
+    return [dict(zip(names.values(), row)) for row in rows]
+
+
+def read(data, tokenizer, **options):
+    preprocessor = Preprocessor(tokenizer, 28, sequence_length=16)
+    return [x for (x,) in batches.Batches(data, preprocessor, VOCAB_SIZE, **options).arrays()]
+
+
+def in_batches(columns, size=4):
+    for start in range(0, 10, size):
+        yield {name: column[start : start + size] for name, column in columns.items()}
+
+
+class Loader(keras.utils.PyDataset):
+    def __init__(self, columns):
+        super().__init__()
+        self.batches = list(in_batches(columns))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def tf_data(columns):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(columns).batch(4)
+
+
+def data_loader(columns):
+    data = pytest.importorskip("torch.utils.data")
+    rows = examples_of({**columns, "images": columns["images"]})
+    return data.DataLoader(rows, batch_size=4)
+
+
+def grain_loader(columns):
+    grain = pytest.importorskip("grain")
+    return grain.MapDataset.source(examples_of(columns)).to_iter_dataset()
+
+
+FORMS = {
+    "columns": lambda columns: columns,
+    "array": lambda columns: {**columns, "images": np.stack(columns["images"])},
+    "examples": examples_of,
+    "generator of examples": lambda columns: (row for row in examples_of(columns)),
+    "generator of batches": in_batches,
+    "list of batches": lambda columns: list(in_batches(columns)),
+    "PyDataset": Loader,
+    "tf.data": tf_data,
+    "DataLoader": data_loader,
+    "grain": grain_loader,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_of_data(tokenizer, columns, form):
+    expected = read(columns, tokenizer, batch_size=4)
+    actual = read(FORMS[form](columns), tokenizer, batch_size=4)
+    assert len(actual) == len(expected) == 3
+    for x, wanted in zip(actual, expected):
+        assert set(x) == set(wanted)
+        for name in x:
+            np.testing.assert_array_equal(x[name], wanted[name], err_msg=name)
+
+
+def test_tokenized_data(tokenizer, columns):
+    expected = read(columns, tokenizer, batch_size=4)
+    arrays = {name: np.concatenate([x[name] for x in expected])[:10] for name in expected[0]}
+    del arrays["loss_mask"]  # the suffix, then
+    for form in (arrays, list(expected), iter(expected)):
+        for x, wanted in zip(read(form, tokenizer, batch_size=4), expected, strict=True):
+            for name in wanted:
+                np.testing.assert_array_equal(x[name], wanted[name], err_msg=name)
+
+
+def test_what_a_batch_holds(tokenizer, columns):
+    x = read(columns, tokenizer, batch_size=4)[0]
+    assert x["images"].shape == (4, 1, 28, 28, 3)
+    assert x["token_ids"].shape == (4, 16)
+    cat = tokenizer.encode("cat")
+    prefix = [2, *tokenizer.encode("ocr"), *tokenizer.encode("\n")]
+    row = [*prefix, *cat, 1]
+    np.testing.assert_array_equal(x["token_ids"][0, : len(row)], row)
+    np.testing.assert_array_equal(
+        np.flatnonzero(x["loss_mask"][0]), range(len(prefix), len(prefix) + len(cat) + 1)
+    )
+
+
+def test_the_last_batch_is_filled_up(tokenizer, columns):
+    last = read(columns, tokenizer, batch_size=4)[-1]
+    assert len(last["token_ids"]) == 4
+    assert last["loss_mask"].any(axis=1).tolist() == [True, True, False, False]
+
+
+def test_order_depends_on_seed_and_epoch_alone(tokenizer, columns):
+    columns["prompts"] = [str(i) for i in range(10)]
+
+    def order(epoch, seed):
+        keras.utils.set_random_seed(seed)
+        data = batches.Batches(columns, None, VOCAB_SIZE, batch_size=3, shuffle=True)
+        data.epoch = epoch
+        return [int(row["prompts"]) for b in data.raw_batches() for row in b]
+
+    assert order(3, 1) == order(3, 1)
+    assert len({tuple(order(epoch, seed)) for epoch in (0, 1) for seed in (0, 1)}) == 4
+    assert sorted(order(0, 0)) == list(range(10))
+
+
+def test_the_next_batch_is_made_meanwhile(columns):
+    """While the first batch is in use, a thread has begun the next."""
+    started = [threading.Event() for _ in range(3)]
+
+    class SlowPreprocessor:
+        sequence_length = 99
+
+        def for_training(self, images, prompts, responses):
+            started[len(images[0]) and int(prompts[0])].set()
+            x = {"images": np.zeros((len(prompts), 1)), "padding_mask": np.zeros((1, 1), bool)}
+            x["token_ids"] = np.zeros((len(prompts), 2), int)
+            return {**x, "suffix_mask": np.ones((len(prompts), 2), bool)}, None, None
+
+    columns["prompts"] = [str(i // 4) for i in range(10)]
+    iterator = batches.Batches(columns, SlowPreprocessor(), 10, batch_size=4).arrays()
+    next(iterator)
+    assert started[1].wait(10)
+
+
+def test_fit_evaluate_predict(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.Adam(0.01))
+    history = model.fit(columns, batch_size=4, epochs=4, validation_split=0.2, verbose=0).history
+    assert set(history) == {"loss", "token_accuracy", "val_loss", "val_token_accuracy"}
+    assert history["loss"][-1] < 0.7 * history["loss"][0]
+    assert history["val_token_accuracy"][-1] > 0
+    # Copies that fill up the last batch count nowhere: 10 = 4 + 4 + 2 = 5 + 5.
+    results = [
+        model.evaluate(columns, batch_size=size, return_dict=True, verbose=0) for size in (4, 5)
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    assert model.predict(columns, batch_size=4, max_new_tokens=3, verbose=0) == model.generate(
+        columns["images"], "ocr", max_new_tokens=3
+    )
+
+
+def test_the_loss_is_that_of_full_logits(tokenizer, columns):
+    """fit's loss equals Keras' own cross-entropy over all logits."""
+    model = micro_model(tokenizer)
+    model.compile("sgd")
+    loss = model.evaluate(columns, batch_size=10, return_dict=True, verbose=0)["loss"]
+    images, prompts, responses, _ = batches.batch_examples(*columns.values())
+    x, y, weight = model.preprocessor.for_training(images, prompts, responses)
+    log_probs = ops.convert_to_numpy(ops.log_softmax(model(x)))
+    plain = -np.take_along_axis(log_probs, y[..., None], -1)[..., 0] * weight
+    assert loss == pytest.approx(plain.sum() / 10, rel=1e-5)
+
+
+def test_an_interrupted_run_goes_on_as_it_would_have(tokenizer, columns, tmp_path):
+    def run(epochs, **options):
+        model = micro_model(tokenizer, dropout=0.3)
+        model.compile(keras.optimizers.Adam(0.01))
+        backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+        return model.fit(
+            columns, batch_size=4, epochs=epochs, verbose=0, callbacks=[backup], **options
+        ).history["loss"]
+
+    class InterruptedError(Exception):
+        pass
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise InterruptedError
+
+    whole = micro_model(tokenizer, dropout=0.3)
+    whole.compile(keras.optimizers.Adam(0.01))
+    expected = whole.fit(columns, batch_size=4, epochs=4, verbose=0).history["loss"]
+    model = micro_model(tokenizer, dropout=0.3)
+    model.compile(keras.optimizers.Adam(0.01))
+    backup = keras.callbacks.BackupAndRestore(tmp_path)
+    with pytest.raises(InterruptedError):
+        model.fit(columns, batch_size=4, epochs=4, verbose=0, callbacks=[backup, Interrupt()])
+    assert run(4) == pytest.approx(expected[2:], rel=1e-6)
+
+
+def test_gradient_accumulation_is_a_larger_batch(tokenizer, columns):
+    def weights(batch_size, steps):
+        model = micro_model(tokenizer)
+        model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=steps))
+        data = {name: column[:4] for name, column in columns.items()}
+        model.fit(data, batch_size=batch_size, shuffle=False, verbose=0)
+        return ops.convert_to_numpy(model.text.embedding.embeddings)
+
+    np.testing.assert_allclose(weights(2, 2), weights(4, None), atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
+def test_low_precision(tokenizer, columns, policy):
+    model = micro_model(tokenizer, dtype=policy)
+    model.compile(keras.optimizers.Adam(0.01))
+    assert hasattr(model.optimizer, "inner_optimizer") == (policy == "mixed_float16")
+    losses = model.fit(columns, batch_size=10, epochs=6, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(np.isfinite(losses))
+
+
+# Rematerialization, freezing
+
+
+@pytest.fixture(scope="module")
+def training_inputs(tokenizer):
+    rng = np.random.default_rng(0)
+    columns = {
+        "images": list(rng.integers(0, 256, (2, 20, 24, 3), "uint8")),
+        "prompts": ["ocr"] * 2,
+        "responses": ["cat", "cat cat"],
+    }
+    (x,) = read(columns, tokenizer, batch_size=2)
+    return {name: ops.convert_to_tensor(array) for name, array in x.items()}
+
+
+def test_remat_changes_no_gradient(tokenizer, training_inputs):
+    """Not even with dropout: a block that runs twice drops the same values."""
+
+    def loss_and_gradients(remat):
+        model = micro_model(tokenizer, dropout=0.4)
+        model.enable_lora(2, dropout=0.5, pattern="(query|value|down)$")
+        model.text.embedding.embeddings.trainable = True
+        for path, variable in model.variables_by_path().items():
+            if path.endswith("lora_kernel_b"):
+                variable.assign(0.1 * np.random.default_rng(len(path)).normal(size=variable.shape))
+        for index, seed in enumerate(model._step_seeds()):
+            seed.state.assign([index, 0])
+        if remat:
+            model.enable_remat()
+        return gradients(
+            lambda: model(training_inputs, training=True)["loss"], model.trainable_variables
+        )
+
+    loss, found = loss_and_gradients(True)
+    expected_loss, expected = loss_and_gradients(False)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for actual, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-6)
+        assert np.abs(wanted).max() > 0
+
+
+def test_dropout_changes_from_step_to_step(tokenizer, training_inputs):
+    model = micro_model(tokenizer, dropout=0.4)
+    losses = [float(model(training_inputs, training=mode)["loss"]) for mode in (1, 1, 0, 0)]
+    assert losses[0] != losses[1]
+    assert losses[2] == losses[3]
+
+
+def test_freeze_and_unfreeze(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.freeze("embedding")
+    paths = [v.path for v in model.trainable_variables]
+    assert paths
+    assert not any("embedding" in path for path in paths)
+    model.compile(keras.optimizers.Adam(0.01))
+    before = ops.convert_to_numpy(model.text.embedding.embeddings)
+    model.fit(columns, batch_size=10, verbose=0)
+    np.testing.assert_array_equal(ops.convert_to_numpy(model.text.embedding.embeddings), before)
+    largest = max(int(np.prod(v.shape)) for v in model.optimizer.variables)
+    assert largest < 16 * VOCAB_SIZE  # no slots for the embedding
+    model.unfreeze("^text/embedding")
+    assert model.text.embedding.embeddings.trainable
+    with pytest.raises(ValueError, match=r"Call `compile` with a new optimizer"):
+        model.fit(columns, verbose=0)
+    with pytest.raises(ValueError, match=r"must match the path of a weight.*'vison'"):
+        model.freeze("vison")
+    with pytest.raises(ValueError, match="'audio'"):
+        model.enable_remat(["audio"])
+    model.freeze()
+    with pytest.raises(ValueError, match="No weight is trainable"):
+        model.fit(columns, verbose=0)
+
+
+def test_lora_on_quantized_layers(tokenizer, columns):
+    model = micro_model(tokenizer)
+    for layer in model._linear_layers().values():
+        layer.quantize("int8")
+    model.enable_lora(4, pattern=["all-linear", "vision/.*query"])
+    model.compile(keras.optimizers.Adam(0.03))
+    losses = model.fit(columns, batch_size=10, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_compile_options_are_saved(tokenizer, tmp_path):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.Adam(0.01), label_smoothing=0.1)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.label_smoothing == 0.1
+    assert loaded.optimizer.built
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("data", [[], {"images": [], "prompts": [], "responses": []}, iter([])])
+def test_no_data(tokenizer, data):
+    with pytest.raises(ValueError, match=r"empty|at least one"):
+        read(data, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([{"picture": 1}], r"Data must be.*Received a dict with \['picture'\]"),
+        ([1, 2], "Received an item of int"),
+        ([{"image": np.zeros((4, 4), "uint8"), "prefix": "ocr"}], "Training needs answers"),
+        ({"images": [], "token_ids": []}, "empty"),
+    ],
+)
+def test_data_of_another_kind(tokenizer, data, message):
+    with pytest.raises(ValueError, match=message):
+        read(data, tokenizer)
+
+
+def test_token_ids_outside_the_vocabulary(tokenizer, columns):
+    (x,) = read(columns, tokenizer, batch_size=10)
+    x["token_ids"][0, 3] = VOCAB_SIZE
+    with pytest.raises(ValueError, match=r"in \[0, 1664\), the vocabulary"):
+        read(x, tokenizer)
+
+
+def test_long_answers_are_cut_and_counted(tokenizer, columns, caplog):
+    columns["responses"][3] = columns["responses"][7] = "cat " * 99
+    data = batches.Batches(
+        columns, Preprocessor(tokenizer, 28, sequence_length=16), VOCAB_SIZE, batch_size=4
+    )
+    data.on_epoch_begin()
+    assert sum(x["loss_mask"].any(axis=1).sum() for (x,) in data.arrays()) == 10
+    data.on_epoch_end()
+    first, last = (record.getMessage() for record in caplog.records)
+    assert "longer than sequence_length=16" in first
+    assert last == "2 of 10 examples were longer than sequence_length=16 and were cut."
+
+
+def test_a_loss_that_is_not_finite_stops(tokenizer, columns, tmp_path):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(1e30))
+    backup = keras.callbacks.BackupAndRestore(tmp_path)
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1"):
+        model.fit(columns, batch_size=4, epochs=3, verbose=0, callbacks=[backup])
+    assert not list(tmp_path.iterdir())  # damaged weights are not kept
+
+
+def test_bad_options(tokenizer, columns):
+    model = micro_model(tokenizer)
+    with pytest.raises(ValueError, match="label_smoothing=1"):
+        model.compile("sgd", label_smoothing=1)
+    with pytest.raises(ValueError, match="no `metrics`"):
+        model.compile("sgd", metrics=["accuracy"])
+    with pytest.raises(ValueError, match="goes with `loss=None`"):
+        model.compile("sgd", loss="mse", label_smoothing=0.1)
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="answers are part of the data"):
+        model.fit(columns, np.zeros(10), verbose=0)
+    with pytest.raises(ValueError, match="`batch_size` must be"):
+        model.fit(columns, batch_size=0, verbose=0)
+    with pytest.raises(ValueError, match="long enough to split"):
+        model.fit(in_batches(columns), validation_split=0.5, verbose=0)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "jax", reason="keras.distribution needs jax")
+def test_distribution():
+    """Eight devices, weights and batch spread over them, learn what one device does."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    script = os.path.join(os.path.dirname(__file__), "distributed_training.py")
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    logging.getLogger(__name__).info(run.stdout)
