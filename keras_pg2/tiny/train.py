@@ -17,6 +17,7 @@ instructions do in a minute, not from the clock: the result is the same on a slo
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import os
 import random
@@ -45,6 +46,8 @@ from keras_pg2.tiny.scenes import (
 )
 from keras_pg2.tiny.tasks import tasks, train_tokenizer
 from keras_pg2.tokenizer import NUM_LOCATIONS, NUM_SEGMENTS
+
+_LOG = logging.getLogger(__name__)
 
 CONFIG = PaliGemmaConfig(
     vision=SiglipConfig(
@@ -602,6 +605,7 @@ class Run:
             self.student.fit(
                 self.teacher.batches(lesson, self.step),
                 steps_per_epoch=lesson.steps - self.step,
+                shuffle=False,
                 callbacks=[_Recorder(self)],
                 verbose=verbose,
             )
@@ -707,6 +711,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--codec", metavar="FILE", default=CODEC, help="weights of the codec")
     options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = f"{options.out}.run"
     if os.path.exists(options.out):
         parser.error(f"{options.out} exists already")
@@ -741,7 +746,7 @@ def main(arguments=None):
     metrics = check(run.averaged_weights(), num_examples=500)
     run.log(**metrics)
     graduate.save_to_preset(options.out)
-    print(markdown_table(metrics))
+    _LOG.info("%s", markdown_table(metrics))
 
 
 if __name__ == "__main__":
