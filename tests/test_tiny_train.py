@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_pg2 import _backend
 from keras_pg2.config import PaliGemmaConfig, SiglipConfig
 from keras_pg2.preprocessing import Preprocessor
 from keras_pg2.tiny import train
@@ -20,6 +21,8 @@ MICRO = PaliGemmaConfig(
         train.CONFIG.text, width=16, depth=2, mlp_dim=16, num_heads=2, num_kv_heads=1, head_dim=8
     ),
 )
+
+needs_torch = pytest.mark.skipif(_backend.IS_COMPILED, reason="the training runs on torch")
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,7 @@ def test_packed_pairs_do_not_change_each_other(preprocessor):
     features[1] = features[0]
     rows = [train.pack([pair(3, 4), other], 20, 12) for other in (pair(2, 5), pair(6, 1))]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch["pictures"] = np.arange(2)
     logits = ops.convert_to_numpy(student._logits(features, tensors(batch), training=False))
     np.testing.assert_allclose(logits[0, :4], logits[1, :4], atol=1e-5)
 
@@ -192,6 +196,7 @@ def test_near_locations_have_near_embeddings(preprocessor):
 # Training -----------------------------------------------------------------------------------
 
 
+@needs_torch
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_each_lesson_lowers_its_loss(preprocessor, teacher, number, tmp_path):
     lesson = dataclasses.replace(micro_lessons(6)[number], learning_rate=(0.1, 0.1))
@@ -204,6 +209,7 @@ def test_each_lesson_lowers_its_loss(preprocessor, teacher, number, tmp_path):
     assert float(ops.stop_gradient(student(batch)["loss"])) < before - 0.1
 
 
+@needs_torch
 def test_a_stopped_run_goes_on_as_it_would_have(preprocessor, teacher, tmp_path):
     plan = micro_lessons(4)
 
@@ -240,6 +246,7 @@ def log_every_step(monkeypatch):
     monkeypatch.setattr(train, "_LOG_SECONDS", 0)
 
 
+@needs_torch
 def test_matrices_in_stacks_move_as_with_muon():
     shapes = [(8, 8), (8, 8), (4, 16), (16, 4), (5,)]
     moved = []
