@@ -205,7 +205,10 @@ def recomputed(function):
     For what is cheap to compute and large to keep: norms, gates, attention probabilities.
     Only jax and a compiler gain from it, so elsewhere the function stays what it is.
     """
-    return jax.checkpoint(function) if BACKEND == "jax" else function
+    if BACKEND != "jax":
+        return function
+    # A function of its own each time: jax remembers the trace of one, and what it closed over.
+    return jax.checkpoint(lambda *args: function(*args))
 
 
 def with_gradients(function):
@@ -226,12 +229,13 @@ def with_gradients(function):
 
         def forward(*tensors):
             loss, extras, gradients = function(*tensors)
-            gradients = [g if g is None else g.astype(x.dtype) for g, x in zip(gradients, tensors)]
-            return (loss, extras), gradients
+            return (loss, extras), (gradients, tensors)
 
-        def backward(gradients, cotangents):
-            scale = cotangents[0]
-            return tuple(g if g is None else (g * scale).astype(g.dtype) for g in gradients)
+        def backward(residuals, cotangents):
+            # Scaled before they are cast: float16 has little room.
+            return tuple(
+                g if g is None else (g * cotangents[0]).astype(x.dtype) for g, x in zip(*residuals)
+            )
 
         differentiable.defvjp(forward, backward)
         return differentiable
@@ -250,31 +254,37 @@ def with_gradients(function):
 
             return (loss, *extras), backward
 
-        def unpack(*tensors):
-            loss, *extras = differentiable(*tensors)
-            return loss, tuple(extras)
+    else:
 
-        return unpack
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(context, *tensors):
+                loss, extras, gradients = function(*tensors)
+                context.mark_non_differentiable(*extras)
+                context.gradients = gradients
+                context.dtypes = [x.dtype for x in tensors]
+                return (loss, *extras)
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(context, *tensors):
-            loss, extras, gradients = function(*tensors)
-            context.mark_non_differentiable(*extras)
-            context.gradients = [
-                g if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors)
-            ]
-            return (loss, *extras)
+            @staticmethod
+            def backward(context, scale, *_):
+                gradients, context.gradients = context.gradients, None  # they are large
+                return tuple(
+                    g if g is None else (g * scale).to(dtype)
+                    for g, dtype in zip(gradients, context.dtypes)
+                )
 
-        @staticmethod
-        def backward(context, scale, *_):
-            return tuple(g if g is None else g * scale.to(g.dtype) for g in context.gradients)
+        differentiable = Differentiable.apply
 
     def unpack(*tensors):
-        loss, *extras = Differentiable.apply(*tensors)
+        loss, *extras = differentiable(*tensors)
         return loss, tuple(extras)
 
     return unpack
+
+
+def needs_gradients():
+    """Whether gradients may be asked for. Compilers leave out by themselves what is not used."""
+    return BACKEND != "torch" or torch.is_grad_enabled()
 
 
 def prefetch(function, batches, threads=1):

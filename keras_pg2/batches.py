@@ -9,11 +9,13 @@ with lists of them, or of arrays that are tokenized already.
 import collections.abc
 import itertools
 import logging
+import os
 
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters import data_adapter, data_adapter_utils
 from keras.src.utils import rng_utils
+from PIL import Image
 
 from keras_pg2 import _backend
 from keras_pg2.preprocessing import batch_examples
@@ -76,7 +78,8 @@ class Batches(data_adapter.DataAdapter):
             self._first = _unwrap(self._data[0] if is_indexed else next(iterator))
         except (IndexError, StopIteration):
             raise ValueError(f"The data is empty. Expected {_FORMS}.") from None
-        if iterator is self._data:  # a generator, which cannot begin again
+        self._is_generator = iterator is self._data and iterator is not None
+        if self._is_generator:
             self._data = itertools.chain([self._first], iterator)
         self._in_batches = _is_batch(self._first)
         self._is_sequence = is_indexed and not self._in_batches
@@ -85,11 +88,12 @@ class Batches(data_adapter.DataAdapter):
         if length is not None and not self._in_batches:
             self._num_batches = -(-length // self._batch_size)
 
-    def split(self, fraction):
+    def split(self, fraction, batch_size):
         """Two parts: all but the last `fraction` of the examples, and those.
 
         Args:
             fraction: float in (0, 1).
+            batch_size: int, of the second part.
 
         Raises:
             ValueError: if the data is no sequence, or a part would be empty.
@@ -101,10 +105,11 @@ class Batches(data_adapter.DataAdapter):
                 f"{type(self._data).__name__}, validation_split={fraction}. Pass "
                 "`validation_data` instead."
             )
-        options = (self.preprocessor, self._vocab_size, self._batch_size)
+        options = (self.preprocessor, self._vocab_size)
         rest = _Part(self._data, range(count))
         part = _Part(self._data, range(count, len(self._data)))
-        return Batches(rest, *options, shuffle=self._shuffle), Batches(part, *options)
+        rest = Batches(rest, *options, self._batch_size, self._shuffle)
+        return rest, Batches(part, *options, batch_size)
 
     def raw_batches(self):
         """An iterator over lists of examples, or over dicts that are a batch already."""
@@ -115,9 +120,21 @@ class Batches(data_adapter.DataAdapter):
                 np.random.default_rng((seed, self.epoch)).shuffle(order)
             items = (self._data[int(index)] for index in order)
         elif isinstance(self._data, keras.utils.PyDataset):
-            items = (_unwrap(self._data[index]) for index in range(self._num_batches))
+            is_endless = self._num_batches is None
+            indices = itertools.count() if is_endless else range(self._num_batches)
+            items = (_unwrap(self._data[index]) for index in indices)
         else:
             items = map(_unwrap, self._data)
+        first = next(items, None)
+        if first is None:
+            if self._is_generator:
+                raise ValueError(
+                    "The generator is used up; it can be read once. For several epochs, or for "
+                    "validation after each, pass a sequence, an iterable that can begin again, or "
+                    "an endless generator with `steps_per_epoch` or `validation_steps`."
+                )
+            return
+        items = itertools.chain([first], items)
         if self._in_batches:
             yield from items
         else:
@@ -148,7 +165,13 @@ class Batches(data_adapter.DataAdapter):
                     "Tokenized data needs 'suffix_mask' or 'loss_mask', True on tokens to learn."
                 )
             x["loss_mask"] = x["suffix_mask"]
-        ids = x["token_ids"]
+        images, ids = x["images"], x["token_ids"]
+        if images.dtype.kind not in "fV" or np.abs(images.astype("float32")).max() > 1.01:
+            raise ValueError(
+                "`images` of tokenized data must be floats in [-1, 1], as "
+                "`preprocessor.load_images` makes them. Received: dtype "
+                f"{images.dtype}, values in [{images.min()}, {images.max()}]"
+            )
         if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self._vocab_size:
             raise ValueError(
                 f"`token_ids` must be integers in [0, {self._vocab_size}), the vocabulary. "
@@ -263,6 +286,11 @@ def columns_of(batch):
         ValueError: if a field is missing.
     """
     if isinstance(batch, list):
+        for example in batch:
+            if missing := sorted(set(batch[0]) - set(example)):
+                raise ValueError(
+                    f"All examples must have the same fields. One lacks {missing}: {example!r:.200}"
+                )
         batch = {name: [example[name] for example in batch] for name in batch[0]}
     found = [
         next((batch[name] for name in names if name in batch), None)
@@ -270,17 +298,24 @@ def columns_of(batch):
     ]
     if found[0] is None or found[1] is None:
         raise ValueError(f"Data must be {_FORMS}. Received a dict with {sorted(batch)}")
-    images, prompts, responses = found[0], *map(_texts, found[1:])
+    images, prompts, responses = map(_items, found)
     images, prompts, filled, _ = batch_examples(images, prompts, responses)
     return images, prompts, None if responses is None else filled
 
 
-def _texts(column):
-    """A list of str, from the arrays of bytes that TensorFlow gives, too."""
-    if column is None or isinstance(column, str):
+def _items(column):
+    """A list of what a column of any kind holds; a single item or an array of pictures stays."""
+    is_single = column is None or isinstance(column, (str, os.PathLike, Image.Image))
+    if is_single or len(getattr(column, "shape", (0,))) != 1:
         return column
-    items = column.numpy() if hasattr(column, "numpy") else column
-    return [item.decode() if isinstance(item, bytes) else item for item in items]
+    return [_text(item) for item in column]
+
+
+def _text(item):
+    """A str, from the bytes or string tensors of TensorFlow; other items are left alone."""
+    if hasattr(item, "numpy") and not len(item.shape):
+        item = item.numpy()
+    return item.decode() if isinstance(item, bytes) else item
 
 
 class _Columns(collections.abc.Sequence):

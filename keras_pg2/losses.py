@@ -65,6 +65,8 @@ def token_losses(
     targets, weights = ops.pad(targets, padding), ops.pad(weights, padding)
     other = label_smoothing / (vocab_size - 1)  # probability of each token but the target
     dtype = embeddings.dtype
+    is_differentiable = _backend.needs_gradients()
+    train_embeddings = train_embeddings and is_differentiable
 
     def chunk_losses(hidden, embeddings, targets, weights):
         """Losses and hits (B, C), and the gradients of their weighted sum."""
@@ -82,6 +84,8 @@ def token_losses(
             losses = losses - other * ops.sum(logits, axis=-1)
         counts = ops.cast(weights > 0, "float32")
         hits = counts * ops.cast(target_logit >= highest, "float32")
+        if not is_differentiable:
+            return counts * losses, hits, None, None
         gradient = ops.exp(logits - log_total[..., None]) - other
         gradient = gradient - ops.where(is_target, 1 - label_smoothing - other, 0.0)
         if slope is not None:
@@ -117,8 +121,11 @@ def token_losses(
             new = {
                 "losses": _backend.write(state["losses"], losses, start),
                 "hits": _backend.write(state["hits"], hits, start),
-                "hidden_gradient": _backend.write(state["hidden_gradient"], hidden_gradient, start),
             }
+            if is_differentiable:
+                new["hidden_gradient"] = _backend.write(
+                    state["hidden_gradient"], hidden_gradient, start
+                )
             if train_embeddings:
                 new["embeddings_gradient"] = state["embeddings_gradient"] + embeddings_gradient
             return new
@@ -126,13 +133,14 @@ def token_losses(
         state = {
             "losses": ops.zeros_like(weights),
             "hits": ops.zeros_like(weights),
-            "hidden_gradient": ops.zeros_like(hidden),
         }
+        if is_differentiable:
+            state["hidden_gradient"] = ops.zeros_like(hidden)
         if train_embeddings:
             state["embeddings_gradient"] = ops.zeros(embeddings.shape, "float32")
         state = _backend.repeat(step, used_chunks, state)
         loss = ops.sum(weights * state["losses"])
-        gradients = (state["hidden_gradient"], state.get("embeddings_gradient"), None, None)
+        gradients = (state.get("hidden_gradient"), state.get("embeddings_gradient"), None, None)
         return loss, (state["losses"], state["hits"]), gradients
 
     loss, (losses, hits) = _backend.with_gradients(all_losses)(hidden, embeddings, targets, weights)

@@ -679,7 +679,9 @@ class PaliGemma2(keras.Model):
             validation_split: float in [0, 1), the share of the examples at the end that is used
                 for validation.
             validation_data: data in any of these forms.
-            shuffle: bool, whether sequences and columns are shuffled anew in each epoch.
+            shuffle: bool, whether sequences of examples and columns are shuffled anew in each
+                epoch. The order depends on the number of the epoch and on the seed of
+                `keras.utils.set_random_seed`; pass `initial_epoch` when you call `fit` repeatedly.
             validation_batch_size: int or None for `batch_size`.
             **kwargs: see `keras.Model.fit`: `epochs`, `verbose`, `steps_per_epoch`, ….
 
@@ -698,11 +700,14 @@ class PaliGemma2(keras.Model):
         """
         self._check_trainable()
         if self._compile_loss is None:
+            _refuse_weights(kwargs)
+            if isinstance(callbacks, keras.callbacks.CallbackList):
+                raise ValueError("`callbacks` must be a list of callbacks, not a CallbackList.")
             if validation_batch_size is None:
                 validation_batch_size = batch_size
             x = self._batches(x, y, batch_size, shuffle)
             if validation_split and validation_data is None:
-                x, validation_data = x.split(validation_split)
+                x, validation_data = x.split(validation_split, validation_batch_size)
             elif validation_data is not None:
                 validation_data = self._batches(validation_data, None, validation_batch_size)
             callbacks = _with_watch(callbacks, x)
@@ -728,6 +733,7 @@ class PaliGemma2(keras.Model):
             list of float, or dict with "loss" and "token_accuracy" if `return_dict`.
         """
         if self._compile_loss is None:
+            _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
         return super().evaluate(x, y, batch_size=batch_size, **kwargs)
 
@@ -735,7 +741,7 @@ class PaliGemma2(keras.Model):
         """Answers to raw data; of tokenized data the logits, as `keras.Model.predict`.
 
         Args:
-            x: data as in `fit`; answers in it are not looked at.
+            x: raw data as in `fit`; answers in it are not looked at. Or a dict of tokenized arrays.
             batch_size: int, for data that is not in batches already.
             verbose: 0 for no progress bar.
             steps: int or None, most batches to read.
@@ -746,6 +752,8 @@ class PaliGemma2(keras.Model):
             list of str, or float32 (B, T, V).
         """
         if (isinstance(x, dict) and "token_ids" in x) or not batches.is_readable(x):
+            if isinstance(x, dict):
+                x = {name: array for name, array in x.items() if name != "loss_mask"}
             return super().predict(
                 x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
             )
@@ -755,7 +763,10 @@ class PaliGemma2(keras.Model):
         answers = []
         for batch in itertools.islice(data.raw_batches(), steps):
             images, prompts, _ = batches.columns_of(batch)
-            answers += self.generate(images, prompts, batch_size=len(prompts), **options)
+            count = len(prompts)
+            missing = max(0, data.batch_size - count)  # else the last batch is compiled anew
+            images, prompts = images + images[-1:] * missing, prompts + prompts[-1:] * missing
+            answers += self.generate(images, prompts, batch_size=len(prompts), **options)[:count]
             bar.add(1)
         return answers
 
@@ -899,8 +910,8 @@ class PaliGemma2(keras.Model):
 
         Example:
             >>> model.enable_lora(rank=8, alpha=16, pattern="all-linear")
-            >>> model.compile(optimizer=keras.optimizers.AdamW(1e-4), loss=loss)
-            >>> model.fit(x, y, sample_weight=weight)
+            >>> model.compile(keras.optimizers.AdamW(1e-4))
+            >>> model.fit(keras_pg2.data.jsonl("train.jsonl"), batch_size=4)
             >>> model.merge_lora()
         """
         options = LoraOptions(rank, rank if alpha is None else alpha, dropout)
@@ -1052,15 +1063,25 @@ class PaliGemma2(keras.Model):
             config["lora"] = {
                 path: dataclasses.asdict(layer.lora) for path, layer in layers.items()
             }
+        config["frozen"] = [
+            path
+            for path, variable in self.variables_by_path().items()
+            if not variable.trainable and not _is_seed(path)
+        ]
+        config["remat"] = [name for name in ("vision", "text") if getattr(self, name).use_remat]
         return config
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
-        lora = config.pop("lora", None)
+        lora, frozen, remat = (config.pop(name, ()) for name in ("lora", "frozen", "remat"))
         model = cls(PaliGemmaConfig.from_dict(config.pop("config")), **config)
         if lora:
             model.enable_lora_on({path: LoraOptions(**options) for path, options in lora.items()})
+        for path, variable in model.variables_by_path().items():
+            if not _is_seed(path):
+                variable.trainable = path not in frozen
+        model.enable_remat(tuple(remat))
         return model
 
     def save_own_variables(self, store):
@@ -1105,11 +1126,12 @@ class _Watch(keras.callbacks.Callback):
         self.data = data
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.data.epoch = epoch
-        self.epoch = epoch
+        self.data.epoch = self.epoch = epoch
+        self.num_calls = 0
 
     def on_train_batch_end(self, batch, logs=None):
-        if batch % 32 == 0:  # the mean over the epoch stays what it is
+        self.num_calls += 1
+        if self.num_calls % 32 == 1:  # once the mean over the epoch is not finite, it stays so
             self._check(logs, f"step {batch}")
 
     def on_epoch_end(self, epoch, logs=None):
@@ -1127,11 +1149,18 @@ class _Watch(keras.callbacks.Callback):
 
 def _with_watch(callbacks, data):
     """The callbacks with the watch in front, so that nobody saves weights that are damaged."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(_Watch(data))
-        return callbacks
-    callbacks = [] if callbacks is None else callbacks
-    return [_Watch(data), *(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks])]
+    if isinstance(callbacks, keras.callbacks.Callback):
+        callbacks = [callbacks]
+    return [_Watch(data), *(callbacks or [])]
+
+
+def _refuse_weights(options):
+    given = [name for name in ("sample_weight", "class_weight") if options.get(name) is not None]
+    if given:
+        raise ValueError(
+            f"{given} have no effect with `loss=None`. Leave examples out of the data, or choose "
+            "tokens by 'loss_mask' in tokenized data."
+        )
 
 
 def _read(weights, dtype):

@@ -94,6 +94,10 @@ FORMS = {
     "list of batches": lambda columns: list(in_batches(columns)),
     "PyDataset": Loader,
     "tf.data": tf_data,
+    "tf.data of examples": lambda columns: tf_data(columns).unbatch(),
+    "array of objects": lambda columns: {
+        k: np.array([*v, None], object)[:-1] for k, v in columns.items()
+    },
     "DataLoader": data_loader,
     "grain": grain_loader,
 }
@@ -341,11 +345,17 @@ def test_lora_on_quantized_layers(tokenizer, columns):
 
 def test_compile_options_are_saved(tokenizer, tmp_path):
     model = micro_model(tokenizer)
+    model.freeze("^vision/")
+    model.enable_remat(["text"])
     model.compile(keras.optimizers.Adam(0.01), label_smoothing=0.1)
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(7)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.label_smoothing == 0.1
-    assert loaded.optimizer.built
+    assert int(loaded.optimizer.iterations) == 7
+    assert (loaded.vision.use_remat, loaded.text.use_remat) == (False, True)
+    assert len(loaded.trainable_variables) == len(model.trainable_variables)
 
 
 # What goes wrong
@@ -400,6 +410,26 @@ def test_a_loss_that_is_not_finite_stops(tokenizer, columns, tmp_path):
     assert not list(tmp_path.iterdir())  # damaged weights are not kept
 
 
+def test_a_generator_is_read_once(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="The generator is used up"):
+        model.fit(in_batches(columns), epochs=2, verbose=0)
+
+
+def test_examples_of_different_fields(tokenizer, columns):
+    rows = examples_of(columns)
+    del rows[5]["suffix"]
+    with pytest.raises(ValueError, match=r"One lacks \['suffix'\]"):
+        read(rows, tokenizer)
+
+
+def test_tokenized_images_in_another_range(tokenizer, columns):
+    (x,) = read(columns, tokenizer, batch_size=10)
+    with pytest.raises(ValueError, match=r"floats in \[-1, 1\]"):
+        read({**x, "images": x["images"] * 127 + 128}, tokenizer)
+
+
 def test_bad_options(tokenizer, columns):
     model = micro_model(tokenizer)
     with pytest.raises(ValueError, match="label_smoothing=1"):
@@ -413,6 +443,10 @@ def test_bad_options(tokenizer, columns):
         model.fit(columns, np.zeros(10), verbose=0)
     with pytest.raises(ValueError, match="`batch_size` must be"):
         model.fit(columns, batch_size=0, verbose=0)
+    with pytest.raises(ValueError, match=r"\['class_weight'\] have no effect"):
+        model.fit(columns, class_weight={0: 1}, verbose=0)
+    with pytest.raises(ValueError, match="not a CallbackList"):
+        model.fit(columns, callbacks=keras.callbacks.CallbackList(), verbose=0)
     with pytest.raises(ValueError, match="long enough to split"):
         model.fit(in_batches(columns), validation_split=0.5, verbose=0)
 
