@@ -72,6 +72,7 @@ CODEC = os.path.join(os.path.dirname(__file__), "segmentation.safetensors")
 
 _QUESTIONS = ("ocr", "caption", "detect", "detect", "segment", "answer", "answer", "answer")
 _SAVE_SECONDS, _LOG_SECONDS, _CHECK_SECONDS = 240, 60, 900
+_LONGEST_STEP = 60  # seconds; in a longer one the process was halted
 _NUM_PATCHES = GRID_SIZE**2
 # Of the loss on patches, by which the sides of boxes weigh as much as their names.
 _BACKGROUND, _COLOR, _SIDES = 0.5, 0.5, 3.0
@@ -676,7 +677,7 @@ class _Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         run, now = self.run, time.monotonic()
-        run.seconds += now - self._then
+        run.seconds += min(now - self._then, _LONGEST_STEP)
         run.step += 1
         if not all(math.isfinite(float(value)) for value in (logs or {}).values()):
             raise FloatingPointError(f"The loss is not finite at step {run.step}: {logs}")
