@@ -194,7 +194,7 @@ class PaliGemma2(keras.Model):
                 read=functools.partial(read, path, variable),
             )
             for path, variable in self.variables_by_path().items()
-            if "/lora_kernel_" not in path and not _is_seed(path)
+            if not _is_lora_or_seed(path)
         }
 
     def save_to_preset(self, folder, *, overwrite=False):
@@ -1066,7 +1066,7 @@ class PaliGemma2(keras.Model):
         config["frozen"] = [
             path
             for path, variable in self.variables_by_path().items()
-            if not variable.trainable and not _is_seed(path)
+            if not variable.trainable and not _is_lora_or_seed(path)
         ]
         config["remat"] = [name for name in ("vision", "text") if getattr(self, name).use_remat]
         return config
@@ -1079,7 +1079,7 @@ class PaliGemma2(keras.Model):
         if lora:
             model.enable_lora_on({path: LoraOptions(**options) for path, options in lora.items()})
         for path, variable in model.variables_by_path().items():
-            if not _is_seed(path):
+            if not _is_lora_or_seed(path):
                 variable.trainable = path not in frozen
         model.enable_remat(tuple(remat))
         return model
@@ -1114,6 +1114,10 @@ class PaliGemma2(keras.Model):
 
 def _is_seed(path):
     return path.endswith("/seed_generator_state")
+
+
+def _is_lora_or_seed(path):
+    return "/lora_kernel_" in path or _is_seed(path)
 
 
 class _Watch(keras.callbacks.Callback):

@@ -135,6 +135,7 @@ _CHANGES = {
         "max_positions": 10,
         "rope_base": 5_000.0,
         "norm_eps": 1e-2,
+        "dropout": 0.5,
     },
 }
 _NOT_IN_THE_FORWARD_PASS = {"max_positions"}
@@ -159,7 +160,7 @@ def test_every_field_changes_the_output_or_raises(data, model, inputs, tower, fi
         changed = PaliGemma2.from_preset(
             data / "hf_tiny_paligemma2", dtype="float32", **{tower: part}
         )
-        logits = changed(inputs)
+        logits = changed(inputs, training=field == "dropout")
     except ValueError:
         return
     difference = ops.convert_to_numpy(logits) - ops.convert_to_numpy(model(inputs))
