@@ -251,6 +251,14 @@ def test_enabling_changes_nothing_but_what_is_trained(batch, capsys):
     count = len(model.variables)
     model.vision.trainable = False  # a frozen tower must not hide its LoRA
     model.enable_lora(rank=2, pattern="block_1/(attention/query|mlp/up)|projector")
+    np.testing.assert_array_equal(_numpy(model(batch)), expected)
+    paths = {
+        "vision/block_1/attention/query",
+        "vision/block_1/mlp/up",
+        "projector",
+        "text/block_1/attention/query",
+        "text/block_1/mlp/up",
+    }
     assert set(model.lora_layers()) == paths
     variables = {path for path, v in model.variables_by_path().items() if v.trainable}
     assert variables == {f"{path}/lora_kernel_{x}" for path in paths for x in "ab"}
