@@ -111,6 +111,7 @@ def test_a_lone_pair_is_seen_by_the_picture_too():
     assert ops.convert_to_numpy(positions)[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@needs_torch
 def test_lone_pairs_have_the_logits_of_the_model(preprocessor, teacher):
     student = micro_student(preprocessor)
     batch = teacher.batch(micro_lessons(4)[2], 0)
@@ -133,6 +134,7 @@ def test_lone_pairs_have_the_logits_of_the_model(preprocessor, teacher):
     )
 
 
+@needs_torch
 def test_packed_pairs_do_not_change_each_other(preprocessor):
     student = micro_student(preprocessor)
     features = np.random.default_rng(0).normal(size=(2, 64, 16)).astype("float32")

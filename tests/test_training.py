@@ -193,6 +193,7 @@ def test_fit_evaluate_predict(tokenizer, columns):
     )
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_full_logits(tokenizer, columns):
     """fit's loss equals Keras' own cross-entropy over all logits."""
     model = micro_model(tokenizer)
@@ -300,6 +301,7 @@ def test_remat_changes_no_gradient(tokenizer, training_inputs):
         assert np.abs(wanted).max() > 0
 
 
+@pytest.mark.slow
 def test_dropout_changes_from_step_to_step(tokenizer, training_inputs):
     model = micro_model(tokenizer, dropout=0.4)
     losses = [float(model(training_inputs, training=mode)["loss"]) for mode in (1, 1, 0, 0)]
@@ -401,6 +403,7 @@ def test_long_answers_are_cut_and_counted(tokenizer, columns, caplog):
     assert last == "2 of 10 examples were longer than sequence_length=16 and were cut."
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops(tokenizer, columns, tmp_path):
     model = micro_model(tokenizer)
     model.compile(keras.optimizers.SGD(1e30))
