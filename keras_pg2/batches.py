@@ -79,6 +79,7 @@ class Batches(data_adapter.DataAdapter):
         except (IndexError, StopIteration):
             raise ValueError(f"The data is empty. Expected {_FORMS}.") from None
         self._is_generator = iterator is self._data and iterator is not None
+        self._is_used_up = False
         if self._is_generator:
             self._data = itertools.chain([self._first], iterator)
         self._in_batches = _is_batch(self._first)
@@ -125,21 +126,12 @@ class Batches(data_adapter.DataAdapter):
             items = (_unwrap(self._data[index]) for index in indices)
         else:
             items = map(_unwrap, self._data)
-        first = next(items, None)
-        if first is None:
-            if self._is_generator:
-                raise ValueError(
-                    "The generator is used up; it can be read once. For several epochs, or for "
-                    "validation after each, pass a sequence, an iterable that can begin again, or "
-                    "an endless generator with `steps_per_epoch` or `validation_steps`."
-                )
-            return
-        items = itertools.chain([first], items)
         if self._in_batches:
             yield from items
         else:
             while batch := list(itertools.islice(items, self._batch_size)):
                 yield batch
+        self._is_used_up = self._is_generator
 
     def arrays(self):
         """An iterator over tuples `(x,)`, x as `PaliGemma2.call` wants it."""
@@ -258,6 +250,12 @@ class Batches(data_adapter.DataAdapter):
         return None
 
     def on_epoch_begin(self):
+        if self._is_used_up:
+            raise ValueError(
+                "The generator is used up; it can be read once. For several epochs, or for "
+                "validation after each, pass a sequence, an iterable that can begin again, or an "
+                "endless generator with `steps_per_epoch` or `validation_steps`."
+            )
         self._num_cut = self._num_seen = 0
         _call(self._data, "on_epoch_begin")
 
