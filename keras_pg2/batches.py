@@ -373,9 +373,11 @@ def _batch_length(batch):
 
 def _length(data):
     """Number of items, or None."""
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches
     try:
         return len(data)
-    except (TypeError, NotImplementedError):
+    except TypeError:  # so `tf.data` and torch say that they do not know
         return None
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from keras_pg2.checkpoints import io
 from keras_pg2.preprocessing import image_levels
-from keras_pg2.tokenizer import NUM_LOCATIONS
+from keras_pg2.segmentation import location_tokens
 
 _logger = logging.getLogger(__name__)
 _LARGE_FILE, _MANY_ROWS = 10**8, 10**5  # bytes and rows from which progress is shown
@@ -290,7 +290,8 @@ def coco_detection(
     rows = []
     for scene in _scenes(annotations, image_folder, keep_crowds, checks):
         for names, objects in _prompted(scene, prompt, seed):
-            suffix = " ; ".join(_locations(scene, item) + f" {item.label}" for item in objects)
+            size = (scene.height, scene.width)
+            suffix = " ; ".join(f"{location_tokens(o.box, *size)} {o.label}" for o in objects)
             rows.append((scene.path, f"detect {names}", suffix))
     return _examples(rows, checks, shard, annotations)
 
@@ -316,7 +317,8 @@ def coco_segmentation(
         image_folder: path of the folder of the pictures, or None for the file's.
         codec: callable, makes the suffix of the objects of one picture from `masks` (bool array
             (count, height, width)), `labels` (list of str) and `boxes` (float array (count, 4),
-            x1 y1 x2 y2 in pixels).
+            x1 y1 x2 y2 in pixels), such as
+            `functools.partial(keras_pg2.segmentation.encode_segmentation, codec)`.
         prompt: "categories" or "category", see `coco_detection`.
         keep_crowds: bool, whether objects marked `iscrowd` count.
         check_images: bool, whether pictures must exist.
@@ -506,13 +508,6 @@ def _box(annotation, height, width):
             f"{width} × {height}. Received: {box}."
         )
     return x1, y1, x2, y2
-
-
-def _locations(scene, item):
-    x1, y1, x2, y2 = item.box
-    last = NUM_LOCATIONS - 1
-    places = (y1 / scene.height, x1 / scene.width, y2 / scene.height, x2 / scene.width)
-    return "".join(f"<loc{min(max(round(place * last), 0), last):04d}>" for place in places)
 
 
 # Masks --------------------------------------------------------------------------------------

@@ -665,7 +665,7 @@ def encode_detection(boxes, labels, height, width):
     Source: big_vision `pp/proj/paligemma/segmentation.py`.
     """
     boxes = _checked_boxes(boxes, height, width)
-    return _join([_locations(box, height, width) for box in boxes], labels)
+    return _join([location_tokens(box, height, width) for box in boxes], labels)
 
 
 def encode_segmentation(codec, masks, labels, boxes=None):
@@ -704,7 +704,7 @@ def encode_segmentation(codec, masks, labels, boxes=None):
         crops.append(crop_masks(image_masks, image_boxes))
         height, width = np.shape(image_masks)[1:]
         image_boxes = _checked_boxes(image_boxes, height, width)
-        locations.append([_locations(box, height, width) for box in image_boxes])
+        locations.append([location_tokens(box, height, width) for box in image_boxes])
     codes = iter(codec.encode(np.concatenate(crops)).tolist())
     suffixes = [
         _join([box + _segments(next(codes)) for box in image_locations], image_labels)
@@ -713,11 +713,25 @@ def encode_segmentation(codec, masks, labels, boxes=None):
     return suffixes[0] if is_single else suffixes
 
 
-def _locations(box, height, width):
+def location_tokens(box, height, width):
+    """A box as PaliGemma writes it.
+
+    Args:
+        box: 4 numbers, (x1, y1, x2, y2) in pixels.
+        height: int, of the image.
+        width: int, of the image.
+
+    Returns:
+        str, four tokens in the order y1, x1, y2, x2.
+
+    Example:
+        >>> location_tokens((0, 28, 56, 112), height=112, width=112)
+        '<loc0256><loc0000><loc1023><loc0512>'
+    """
     x1, y1, x2, y2 = box
     last = NUM_LOCATIONS - 1
-    places = np.array([y1 / height, x1 / width, y2 / height, x2 / width]) * last
-    return "".join(f"<loc{place:04d}>" for place in np.round(places).astype(int).clip(0, last))
+    places = (y1 / height, x1 / width, y2 / height, x2 / width)
+    return "".join(f"<loc{min(max(round(place * last), 0), last):04d}>" for place in places)
 
 
 def _segments(codes):

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from keras_pg2.segmentation import location_tokens
 from keras_pg2.tiny import scenes
 from keras_pg2.tiny.evaluate import (
     evaluate,
@@ -20,7 +21,6 @@ from keras_pg2.tiny.tasks import (
     QUESTIONS,
     TASKS,
     caption,
-    location_tokens,
     tasks,
     train_tokenizer,
 )
@@ -416,7 +416,9 @@ def test_parse_detections():
     assert first.codes is None
     assert second.label == "4"
     (found,) = parse_detections(
-        location_tokens((1, 2, 30, 40)) + "".join(f"<seg{i:03d}>" for i in range(16)) + " 7"
+        location_tokens((1, 2, 30, 40), 112, 112)
+        + "".join(f"<seg{i:03d}>" for i in range(16))
+        + " 7"
     )
     assert found.codes.tolist() == list(range(16))
     np.testing.assert_allclose(found.box, (1, 2, 30, 40), atol=0.06)
@@ -490,7 +492,12 @@ def test_right_answers_score_one(renderer, truth, codec, tiny_tokenizer):
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "nonsense", " ; ".join([location_tokens((0, 0, 1, 1)) + " star"] * 2), "<loc0005>" * 9],
+    [
+        "",
+        "nonsense",
+        " ; ".join([location_tokens((0, 0, 1, 1), 112, 112) + " star"] * 2),
+        "<loc0005>" * 9,
+    ],
 )
 def test_wrong_answers_score_nothing(renderer, codec, tiny_tokenizer, answer):
     model = FakeModel(lambda image, prompt: answer, tiny_tokenizer)
@@ -504,7 +511,7 @@ def test_half_right_boxes(renderer, truth, codec, tiny_tokenizer):
     def answer(image, prompt):
         right = truth[image.tobytes(), prompt]
         if prompt.startswith("detect"):
-            return f"{right} ; {location_tokens((0, 0, 5, 5))} 9"
+            return f"{right} ; {location_tokens((0, 0, 5, 5), 112, 112)} 9"
         return right.replace("<seg000>", "")  # too few codes are no mask
 
     model = FakeModel(answer, tiny_tokenizer)

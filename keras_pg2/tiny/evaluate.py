@@ -10,11 +10,12 @@ import collections
 import dataclasses
 import random
 import re
+import sys
 
 import numpy as np
-from PIL import Image
 
 from keras_pg2.paligemma import PaliGemma2
+from keras_pg2.segmentation import SegmentationCodec, mask_from_codes
 from keras_pg2.tiny.scenes import IMAGE_SIZE, SHAPES, Scene, SceneRenderer
 from keras_pg2.tiny.tasks import LANGUAGES, QUESTIONS, TASKS, tasks
 from keras_pg2.tokenizer import NUM_LOCATIONS
@@ -252,19 +253,8 @@ def _score_mask(scores, example, answer, codec):
         scores["mask iou"].append(0.0)
         return
     true_mask = example.scene.mask(item)
-    mask = _mask_in_picture(codec(given[0].codes), given[0].box)
+    mask = mask_from_codes(codec(given[0].codes), given[0].box, IMAGE_SIZE, IMAGE_SIZE)
     scores["mask iou"].append((true_mask & mask).sum() / (true_mask | mask).sum())
-
-
-def _mask_in_picture(decoded, box):
-    """bool (112, 112) from float (64, 64), resized bilinearly to the box in whole pixels."""
-    x1, y1 = (min(round(place), IMAGE_SIZE - 1) for place in box[:2])
-    x2, y2 = max(round(box[2]), x1 + 1), max(round(box[3]), y1 + 1)
-    decoded = Image.fromarray(np.asarray(decoded, "float32"))
-    resized = decoded.resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)
-    mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
-    mask[y1:y2, x1:x2] = np.asarray(resized) > 0
-    return mask
 
 
 def markdown_table(metrics):
@@ -288,15 +278,13 @@ def main(arguments=None):
     model = PaliGemma2.from_preset(options.preset)
     codec = None
     if options.codec:
-        from keras_pg2.segmentation import SegmentationCodec
-
         weights = SegmentationCodec.from_file(options.codec)
 
         def codec(codes):
             return weights.decode(codes[None])[0]
 
     metrics = evaluate(model, codec, options.num_examples, options.seed)
-    print(markdown_table(metrics))
+    sys.stdout.write(f"{markdown_table(metrics)}\n")
 
 
 if __name__ == "__main__":

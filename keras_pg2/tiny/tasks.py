@@ -10,6 +10,7 @@ import re
 import numpy as np
 import sentencepiece
 
+from keras_pg2.segmentation import location_tokens
 from keras_pg2.tiny.scenes import (
     COLORS,
     DIGITS,
@@ -20,7 +21,7 @@ from keras_pg2.tiny.scenes import (
     SceneObject,
     Sprite,
 )
-from keras_pg2.tokenizer import NUM_LOCATIONS, Tokenizer
+from keras_pg2.tokenizer import Tokenizer
 
 TASKS = ("ocr", "caption", "answer", "detect", "segment")
 LANGUAGES = ("en", "de", "fr", "vi")
@@ -74,22 +75,8 @@ def tasks(scene, rng, kinds=TASKS, codes=None):
     return pairs
 
 
-def location_tokens(box):
-    """A box as PaliGemma writes it.
-
-    Args:
-        box: 4 numbers, (x1, y1, x2, y2) in pixels.
-
-    Returns:
-        str, four tokens in the order y1, x1, y2, x2.
-
-    Example:
-        >>> location_tokens((0, 28, 56, 112))
-        '<loc0256><loc0000><loc1023><loc0512>'
-    """
-    x1, y1, x2, y2 = box
-    last = NUM_LOCATIONS - 1
-    return "".join(f"<loc{round(value / IMAGE_SIZE * last):04d}>" for value in (y1, x1, y2, x2))
+def _locations(item):
+    return location_tokens(item.box, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def _texts(scene):
@@ -366,7 +353,7 @@ def _detect(scene, rng, name):
 
 
 def _boxes(items, label=None):
-    return " ; ".join(f"{location_tokens(item.box)} {label or item.name}" for item in items)
+    return " ; ".join(f"{_locations(item)} {label or item.name}" for item in items)
 
 
 def _segment(scene, rng, name, codes):
@@ -376,7 +363,7 @@ def _segment(scene, rng, name, codes):
         return None
     item = rng.choice(items)
     segments = "".join(f"<seg{code:03d}>" for code in codes[item.sprite.id])
-    return f"segment {item.name}", f"{location_tokens(item.box)}{segments} {item.name}"
+    return f"segment {item.name}", f"{_locations(item)}{segments} {item.name}"
 
 
 # Tokenizer ----------------------------------------------------------------------------------
