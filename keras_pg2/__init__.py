@@ -3,18 +3,25 @@
 from keras_pg2 import data, recipes
 from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from keras_pg2.distribution import layout_map
-from keras_pg2.generation import Beam, Generation, Greedy, Sample
-from keras_pg2.paligemma import PaliGemma2
+from keras_pg2.drawing import draw
+from keras_pg2.generation import Beam, Generation, Grammar, Greedy, Sample
+from keras_pg2.paligemma import EncodedImage, PaliGemma2
 from keras_pg2.preprocessing import Preprocessor
 from keras_pg2.segmentation import SegmentationCodec
+from keras_pg2.tasks import Detection, Detections, parse_detections
 from keras_pg2.tokenizer import Tokenizer
+from keras_pg2.video import frames_from_video
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Beam",
+    "Detection",
+    "Detections",
+    "EncodedImage",
     "GemmaConfig",
     "Generation",
+    "Grammar",
     "Greedy",
     "PaliGemma2",
     "PaliGemmaConfig",
@@ -24,6 +31,9 @@ __all__ = [
     "SiglipConfig",
     "Tokenizer",
     "data",
+    "draw",
+    "frames_from_video",
     "layout_map",
+    "parse_detections",
     "recipes",
 ]

@@ -158,8 +158,13 @@ def _convert(options):
             "keras-pg2: the source has no tokenizer; pass --tokenizer to write one too",
             file=sys.stderr,
         )
+    codec = None
+    if checkpoint.codec is not None:
+        with open(checkpoint.codec, "rb") as file:
+            codec = file.read()
     presets.save_checkpoint(
         *(options.destination, options.to, checkpoint.config, checkpoint.weights(), preprocessor),
         dtype=options.dtype,
         overwrite=options.force,
+        codec=codec,
     )

@@ -16,9 +16,12 @@ from keras_pg2 import _backend
 from keras_pg2.preprocessing import align_right
 from keras_pg2.tokenizer import EOS_ID, PAD_ID
 
+_TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask")
 _NEVER = -1e30  # log-probability of what must not be chosen; finite, so that sums stay finite
 _SMALLEST_BUCKET = 32
 _CACHE_MULTIPLE = 128
+_GRAMMAR_MULTIPLE = 64
+_SUFFIX_MULTIPLE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,69 @@ class Generation:
     log_probs: np.ndarray | None
 
 
+class Grammar:
+    """The tokens that may follow each other, as a table of states.
+
+    It begins without a state. What is not allowed is forbidden; in each state that can be reached
+    something must be allowed.
+
+    Args:
+        vocab_size: int, of the tokenizer.
+
+    Attributes:
+        starts: list of int, the state in which all examples begin, or each of them.
+        must_grow: list of int, states whose token must have a greater id than the one two
+            before it.
+    """
+
+    def __init__(self, vocab_size):
+        self.starts, self.must_grow = [], []
+        self._classes = np.zeros(vocab_size, "int32")  # of tokens; 0 is never allowed
+        self._num_classes = 1
+        self._next = []  # of each state: dict of class to state
+
+    def add_class(self, token_ids):
+        """Makes tokens interchangeable. Returns the number of their class."""
+        self._classes[token_ids] = self._num_classes
+        self._num_classes += 1
+        return self._num_classes - 1
+
+    def add_state(self):
+        """Returns the number of a new state, in which nothing is allowed yet."""
+        self._next.append({})
+        return len(self._next) - 1
+
+    def allow(self, state, token_class, then):
+        """Allows tokens of a class in a state; the state `then` follows."""
+        self._next[state][token_class] = then
+
+    def allow_tokens(self, state, token_ids):
+        """Allows a sequence of tokens. Returns the state after it."""
+        for id in token_ids:
+            token_class = int(self._classes[id]) or self.add_class([id])
+            if token_class not in self._next[state]:
+                self.allow(state, token_class, self.add_state())
+            state = self._next[state][token_class]
+        return state
+
+    def tables(self, vocab_size):
+        """The grammar as arrays, rounded up in size, so that few programs are compiled.
+
+        Returns:
+            dict of "classes" int32 (vocab_size,), "next" int32 (states, classes), -1 where nothing
+            is allowed, and "must_grow" bool (states,).
+        """
+        num_states = -(-len(self._next) // _GRAMMAR_MULTIPLE) * _GRAMMAR_MULTIPLE
+        num_classes = -(-self._num_classes // _GRAMMAR_MULTIPLE) * _GRAMMAR_MULTIPLE
+        table = np.full((num_states, num_classes), -1, "int32")
+        for state, then in enumerate(self._next):
+            table[state, list(then)] = list(then.values())
+        must_grow = np.zeros(num_states, bool)
+        must_grow[self.must_grow] = True
+        classes = np.pad(self._classes, (0, vocab_size - len(self._classes)))
+        return {"classes": classes, "next": table, "must_grow": must_grow}
+
+
 SAMPLERS = {
     "greedy": Greedy(),
     "random": Sample(),
@@ -145,18 +211,22 @@ def row_seeds(seed, count):
     return np.random.SeedSequence(seed).spawn(count)
 
 
-def token_steps(model, inputs, sampler, max_new_tokens, seeds, num_steps):
+def token_steps(
+    model, inputs, sampler, max_new_tokens, seeds, num_steps, grammar=None, starts=None
+):
     """Generates tokens for one batch, some at a time.
 
     Args:
         model: PaliGemma2.
-        inputs: dict of "images" float (B, M, I, I, 3), and "token_ids" int (B, T),
-            "padding_mask" and "suffix_mask" bool (B, T), padding first.
+        inputs: dict of "images" float (B, M, I, I, 3) or "image_tokens" float (B, M · P, D), and
+            "token_ids" int (B, T), "padding_mask" and "suffix_mask" bool (B, T), padding first.
         sampler: see `get_sampler`.
         max_new_tokens: int.
         seeds: list of B seeds, see `row_seeds`.
         num_steps: callable without arguments, how many tokens to generate next; its value
             may change from call to call.
+        grammar: Grammar or None, what may be generated.
+        starts: list of B int, the state of the grammar in which each row begins.
 
     Yields:
         token_ids: int32 (B, n), all new tokens so far, `<pad>` after a row's end.
@@ -167,6 +237,8 @@ def token_steps(model, inputs, sampler, max_new_tokens, seeds, num_steps):
     inputs, cache_length, buffer_length = _pad_to_buckets(model, inputs, max_new_tokens)
     inputs = tree.map_structure(ops.convert_to_tensor, inputs)
     if _is_keras_hub(sampler):
+        if grammar is not None:
+            raise ValueError("A grammar does not work with the samplers of keras_hub.")
         yield _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens), None
         return
     is_beam = isinstance(sampler, Beam)
@@ -181,15 +253,18 @@ def token_steps(model, inputs, sampler, max_new_tokens, seeds, num_steps):
             "top_p": np.float32(sampler.top_p or 1),
         }
         method = "filtered" if sampler.top_k or sampler.top_p else "random"
+    if grammar is not None:
+        choice["grammar"] = grammar.tables(model.config.text.vocab_size)
+        choice["place"] = np.array(starts, "int32")
     programs = model.programs
     prefill = programs.get(
         model,
-        ("prefill", method, cache_length, buffer_length),
+        ("prefill", method, cache_length, buffer_length, grammar is not None),
         lambda inputs, choice: _prefill(model, method, inputs, choice, cache_length, buffer_length),
     )
     advance = programs.get(
         model,
-        ("decode", method),
+        ("decode", method, grammar is not None),
         lambda state, limit: _advance(model, method, state, limit),
         donate=True,
     )
@@ -211,7 +286,7 @@ def token_steps(model, inputs, sampler, max_new_tokens, seeds, num_steps):
 
 def _pad_to_buckets(model, inputs, max_new_tokens):
     """Rounds lengths up where programs are compiled, so that few are."""
-    num_image_tokens = inputs["images"].shape[1] * model.config.vision.num_tokens
+    num_image_tokens = model.num_image_tokens(inputs)
     length = inputs["token_ids"].shape[1]
     limit = model.config.text.max_positions
     if num_image_tokens + length + max_new_tokens > limit:
@@ -227,7 +302,8 @@ def _pad_to_buckets(model, inputs, max_new_tokens):
         total = math.ceil((length + max_new_tokens) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     added = ((0, 0), (length - inputs["token_ids"].shape[1], 0))
     inputs = {
-        name: array if name == "images" else np.pad(array, added) for name, array in inputs.items()
+        name: np.pad(array, added) if name in _TEXT_INPUTS else array
+        for name, array in inputs.items()
     }
     buffer_length = total if _backend.IS_COMPILED else max_new_tokens
     return inputs, num_image_tokens + total, buffer_length
@@ -244,8 +320,7 @@ def _prefill(model, method, inputs, choice, cache_length, buffer_length):
     state = {
         "cache": cache,
         "index": ops.convert_to_tensor(
-            np.int32(inputs["images"].shape[1] * model.config.vision.num_tokens)
-            + np.int32(inputs["token_ids"].shape[1])
+            np.int32(model.num_image_tokens(inputs) + inputs["token_ids"].shape[1])
         ),
         "count": ops.zeros((), "int32"),
         "done": ops.zeros((batch_size,), "bool"),
@@ -253,6 +328,8 @@ def _prefill(model, method, inputs, choice, cache_length, buffer_length):
         "log_probs": ops.zeros(rows, "float32"),
         **choice,
     }
+    if "grammar" in state:
+        state["recent"] = ops.zeros((batch_size, 2), "int32")
     if isinstance(method, Beam):
         beams = method.num_beams
         scores = [[0.0] + [_NEVER] * (beams - 1)] * batch_size
@@ -266,6 +343,8 @@ def _prefill(model, method, inputs, choice, cache_length, buffer_length):
             "best_score": ops.full((batch_size,), 2 * _NEVER, "float32"),
         }
         logits = ops.repeat(logits, beams, axis=0)
+        for name in {"place", "recent"} & set(state):
+            state[name] = ops.repeat(state[name], beams, axis=0)
     return _choose(method, state, logits)
 
 
@@ -282,7 +361,12 @@ def _advance(model, method, state, limit):
 def _choose(method, state, logits):
     """Appends one token to each row, given its logits float32 (B, V)."""
     log_probs = ops.log_softmax(logits, axis=-1)
+    if "grammar" in state:
+        allowed = _allowed(state, logits.shape[-1])
+        logits = ops.where(allowed, logits, _NEVER)
     if isinstance(method, Beam):
+        if "grammar" in state:
+            log_probs = ops.where(allowed, log_probs, _NEVER)
         return _choose_beams(method, state, log_probs)
     if method in ("random", "filtered"):
         logits = logits / state["temperature"]
@@ -294,7 +378,7 @@ def _choose(method, state, logits):
     done = state["done"]
     log_prob = ops.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
     token = ops.where(done, PAD_ID, token)
-    return state | {
+    return _follow_grammar(state, token) | {
         "token": token,
         "tokens": _backend.write(state["tokens"], token[:, None], state["count"]),
         "log_probs": _backend.write(
@@ -302,6 +386,29 @@ def _choose(method, state, logits):
         ),
         "count": state["count"] + 1,
         "done": ops.logical_or(done, token == EOS_ID),
+    }
+
+
+def _allowed(state, vocab_size):
+    """bool (rows, V), the tokens that the grammar allows next."""
+    grammar, place = state["grammar"], state["place"]
+    then = ops.take(ops.take(grammar["next"], place, axis=0), grammar["classes"], axis=1)
+    is_greater = ops.arange(vocab_size, dtype="int32") > state["recent"][:, :1]
+    may_shrink = ops.logical_not(ops.take(grammar["must_grow"], place, axis=0))
+    return ops.logical_and(then >= 0, ops.logical_or(is_greater, may_shrink[:, None]))
+
+
+def _follow_grammar(state, token):
+    """The state with the rows' places in the grammar after a token int32 (rows,)."""
+    if "grammar" not in state:
+        return state
+    grammar = state["grammar"]
+    token_class = ops.take(grammar["classes"], token, axis=0)
+    then = ops.take(grammar["next"], state["place"], axis=0)
+    then = ops.take_along_axis(then, token_class[:, None], axis=1)[:, 0]
+    return state | {
+        "place": ops.maximum(then, 0),  # rows that are done stay anywhere
+        "recent": ops.stack([state["recent"][:, 1], token], axis=1),
     }
 
 
@@ -363,7 +470,9 @@ def _choose_beams(sampler, state, log_probs):
         array = _backend.write(array, values[:, None], count)
         return ops.reshape(array, (batch_size, beams, -1))
 
-    return state | {
+    for name in {"place", "recent"} & set(state):
+        state = state | {name: ops.take(state[name], rows, axis=0)}
+    return _follow_grammar(state, token) | {
         "cache": tree.map_structure(lambda array: ops.take(array, rows, axis=0), state["cache"]),
         "token": token,
         "tokens": extend(state["tokens"], token),
@@ -390,7 +499,7 @@ def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
     """Runs the loop of a keras_hub sampler. Returns int32 (B, max_new_tokens)."""
 
     def function(inputs):
-        num_image_tokens = inputs["images"].shape[1] * model.config.vision.num_tokens
+        num_image_tokens = model.num_image_tokens(inputs)
         batch_size, length = inputs["token_ids"].shape
         _, hidden, cache = model.prefill(inputs, cache_length)
         blank = ops.zeros((batch_size, max_new_tokens), "int32")
@@ -422,15 +531,70 @@ def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
     return _backend.to_numpy(program(inputs))
 
 
+# Scores -------------------------------------------------------------------------------------
+
+
+def score_suffixes(model, inputs, suffixes, batch_size):
+    """The log-likelihoods of several suffixes to one prefix, which is read once.
+
+    Args:
+        model: PaliGemma2.
+        inputs: see `token_steps`, of one row.
+        suffixes: list of lists of int, token ids with `<eos>`.
+        batch_size: int, suffixes in one batch.
+
+    Returns:
+        float32 NumPy array, (number of suffixes,).
+    """
+    length = max(map(len, suffixes))
+    if _backend.IS_COMPILED:
+        length = math.ceil(length / _SUFFIX_MULTIPLE) * _SUFFIX_MULTIPLE
+    inputs, cache_length, _ = _pad_to_buckets(model, inputs, length)
+    start = model.num_image_tokens(inputs) + inputs["token_ids"].shape[1]
+    count = len(suffixes)
+    batch_size = min(batch_size, count)
+    token_ids = np.full((-(-count // batch_size) * batch_size, length), PAD_ID, "int32")
+    weights = np.zeros(token_ids.shape, "float32")
+    for row, suffix in enumerate(suffixes):
+        token_ids[row, : len(suffix)] = suffix
+        weights[row, : len(suffix)] = 1
+
+    def read_prefix(inputs):
+        _, hidden, cache = model.prefill(inputs, cache_length)
+        return hidden[:, -1:], cache
+
+    def score(hidden, cache, token_ids, weights):
+        rows = token_ids.shape[0]
+        following, _ = model.extend(token_ids[:, :-1], _repeat_cache(cache, rows), start)
+        hidden = ops.concatenate([ops.repeat(hidden, rows, axis=0), following], axis=1)
+        return model.suffix_log_likelihoods(hidden, token_ids, weights)
+
+    programs = model.programs
+    read_prefix = programs.get(model, ("read_prefix", cache_length), read_prefix)
+    score = programs.get(model, ("score", start), score)
+    state = read_prefix(tree.map_structure(ops.convert_to_tensor, inputs))
+    scores = [
+        _backend.to_numpy(
+            score(
+                *state,
+                ops.convert_to_tensor(token_ids[row : row + batch_size]),
+                ops.convert_to_tensor(weights[row : row + batch_size]),
+            )
+        )
+        for row in range(0, len(token_ids), batch_size)
+    ]
+    return np.concatenate(scores)[:count]
+
+
 # Text ---------------------------------------------------------------------------------------
 
 
-def generate_batch(model, inputs, sampler, max_new_tokens, stop, seeds):
+def generate_batch(model, inputs, sampler, max_new_tokens, stop, seeds, grammar=None, starts=None):
     """Completes one batch.
 
     Args:
         model: PaliGemma2.
-        inputs, sampler, max_new_tokens, seeds: see `token_steps`.
+        inputs, sampler, max_new_tokens, seeds, grammar, starts: see `token_steps`.
         stop: tuple of str; an answer ends before the first of them.
 
     Returns:
@@ -438,7 +602,9 @@ def generate_batch(model, inputs, sampler, max_new_tokens, stop, seeds):
     """
     # Strings are looked for in text, on the host, now and then.
     steps = token_steps(
-        model, inputs, sampler, max_new_tokens, seeds, lambda: 16 if stop else max_new_tokens
+        *(model, inputs, sampler, max_new_tokens, seeds),
+        lambda: 16 if stop else max_new_tokens,
+        *(grammar, starts),
     )
     token_ids, log_probs = next(steps)
     while True:
@@ -527,9 +693,9 @@ def align_inputs(inputs, vocab_size):
 
     Args:
         vocab_size: int, V.
-        inputs: dict of NumPy arrays: "images" float (B, M, I, I, 3) or (B, I, I, 3), "token_ids"
-            int (B, T), and optionally "padding_mask" and "suffix_mask" bool (B, T); padding may
-            be anywhere.
+        inputs: dict of NumPy arrays: "images" float (B, M, I, I, 3) or (B, I, I, 3) or
+            "image_tokens" float (B, M · P, D), "token_ids" int (B, T), and optionally
+            "padding_mask" and "suffix_mask" bool (B, T); padding may be anywhere.
 
     Returns:
         dict of NumPy arrays, padding first.
@@ -538,24 +704,28 @@ def align_inputs(inputs, vocab_size):
         ValueError: if a row has no token, ids are no integers below `vocab_size`, or images are
             not finite floats in [-1, 1].
     """
-    token_ids, images = inputs["token_ids"], inputs["images"]
+    token_ids = inputs["token_ids"]
     if token_ids.dtype.kind not in "iu" or token_ids.min() < 0 or token_ids.max() >= vocab_size:
         raise ValueError(
             f"`token_ids` must be integers in [0, {vocab_size}). Received: dtype "
             f"{token_ids.dtype}, values in [{token_ids.min()}, {token_ids.max()}]"
         )
-    if images.dtype.kind not in "fV" or not (np.abs(images.astype("float32")) <= 1.001).all():
-        raise ValueError(
-            "`images` that come with token ids must be finite floats in [-1, 1], as "
-            f"`preprocessor.load_images` makes them. Received: dtype {images.dtype}, values in "
-            f"[{images.min()}, {images.max()}]"
-        )
+    pictures = {name: inputs[name] for name in {"images", "image_tokens"} & set(inputs)}
+    if "images" in pictures:
+        images = inputs["images"]
+        if images.dtype.kind not in "fV" or not (np.abs(images.astype("float32")) <= 1.001).all():
+            raise ValueError(
+                "`images` that come with token ids must be finite floats in [-1, 1], as "
+                f"`preprocessor.load_images` makes them. Received: dtype {images.dtype}, values "
+                f"in [{images.min()}, {images.max()}]"
+            )
+        pictures["images"] = images[:, None] if images.ndim == 4 else images
     padding_mask = inputs.get("padding_mask", np.ones_like(token_ids)).astype(bool)
     suffix_mask = inputs.get("suffix_mask", np.zeros_like(token_ids)).astype(bool)
     if not padding_mask.any(axis=1).all():
         raise ValueError("Each row of `padding_mask` must have at least one real token.")
     return {
-        "images": images[:, None] if images.ndim == 4 else images,
+        **pictures,
         **align_right(
             [
                 (ids[real], suffix[real])

@@ -13,16 +13,17 @@ import numpy as np
 from keras import ops
 from keras.src.utils import io_utils
 
-from keras_pg2 import _backend, batches, generation
+from keras_pg2 import _backend, batches, generation, tasks
 from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, token_positions
 from keras_pg2.checkpoints import adapters, io, presets
 from keras_pg2.config import PaliGemmaConfig
 from keras_pg2.gemma import GemmaDecoder
 from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype, unlocked
 from keras_pg2.losses import token_losses
-from keras_pg2.preprocessing import Preprocessor, batch_examples
+from keras_pg2.preprocessing import Preprocessor, batch_examples, image_size
+from keras_pg2.segmentation import SegmentationCodec
 from keras_pg2.siglip import SiglipTower
-from keras_pg2.tokenizer import Tokenizer
+from keras_pg2.tokenizer import EOS_ID, Tokenizer
 
 _TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask", "loss_mask")
 _LORA_PATTERNS = {
@@ -31,6 +32,20 @@ _LORA_PATTERNS = {
     "vision-attention": r"^vision/.*/(query|key|value|output)$",
     "vision-all-linear": r"^vision/.*/(query|key|value|output|up|down)$",
 }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture that went through the vision tower, see `PaliGemma2.encode`.
+
+    Attributes:
+        tokens: tensor, float (P, D), image tokens in the decoder's space.
+        width, height: int, of the picture in pixels.
+    """
+
+    tokens: object = dataclasses.field(repr=False)
+    width: int
+    height: int
 
 
 @keras.saving.register_keras_serializable("keras_pg2")
@@ -46,7 +61,8 @@ class PaliGemma2(keras.Model):
 
     Call arguments:
         inputs: dict of
-            - "images": float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1];
+            - "images": float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1]; or "image_tokens": float
+                (B, M · P, D), what `encode_images` made of them;
             - "token_ids": int32 (B, T), `<bos> prefix "\\n" suffix <eos>`, padding anywhere;
             - "padding_mask": bool (B, T), True on real tokens; all, if missing;
             - "suffix_mask": bool (B, T), True on suffix tokens; none, if missing;
@@ -88,6 +104,7 @@ class PaliGemma2(keras.Model):
         self.preprocessor = preprocessor
         self.programs = _backend.Programs()
         self.label_smoothing = 0.0
+        self._codec = None  # or a path, or a SegmentationCodec
         self.vision = SiglipTower(config.vision, name="vision", dtype=self.dtype_policy)
         self.projector = Linear(config.text.width, name="projector", dtype=self.dtype_policy)
         self.text = GemmaDecoder(config.text, name="text", dtype=self.dtype_policy)
@@ -141,6 +158,7 @@ class PaliGemma2(keras.Model):
         with _backend.variables_without_values():
             model = cls(config, preprocessor, dtype=policy)
         model._assign(weights, reading)
+        model._codec = checkpoint.codec
         return model
 
     def assign_weights(self, weights):
@@ -200,7 +218,8 @@ class PaliGemma2(keras.Model):
     def save_to_preset(self, folder, *, overwrite=False):
         """Writes weights, config, tokenizer and preprocessing to a folder for `from_preset`.
 
-        It is complete or not there at all: files are written under a temporary name first.
+        A `codec` that is not the official one is written too. The folder is complete or not there
+        at all: files are written under a temporary name first.
 
         Args:
             folder: path.
@@ -269,8 +288,16 @@ class PaliGemma2(keras.Model):
             *(path, format, self.config, self.weights_by_path(), self.preprocessor),
             dtype=dtype,
             overwrite=overwrite,
+            codec=self._codec_content(),
             verbose=self.count_params() > 10**8,
         )
+
+    def _codec_content(self):
+        """The bytes of the codec's file, or None for the official one."""
+        if isinstance(self._codec, str):
+            with open(self._codec, "rb") as file:
+                return file.read()
+        return self._codec and self._codec.to_bytes()
 
     def variables_by_path(self):
         """dict of path without the model's name, as "text/block_3/mlp/up/kernel", to variable."""
@@ -291,7 +318,7 @@ class PaliGemma2(keras.Model):
         x, sequence = self._embed(inputs, training)
         masks = self._masks(sequence, sequence)
         hidden, _ = self.text(x, sequence["positions"], masks, training=training)
-        hidden = hidden[:, self._num_image_tokens(inputs) :]
+        hidden = hidden[:, self.num_image_tokens(inputs) :]
         if "loss_mask" in inputs:
             return self._suffix_losses(hidden, inputs["token_ids"], inputs["loss_mask"])
         return self.text.logits(hidden)
@@ -323,6 +350,23 @@ class PaliGemma2(keras.Model):
             "num_correct": ops.sum(is_correct, axis=1),
         }
 
+    def suffix_log_likelihoods(self, hidden, token_ids, weights):
+        """Log-likelihoods of suffixes.
+
+        Args:
+            hidden: float (B, T, D), after the final norm; its position t predicts token t.
+            token_ids: int32 (B, T).
+            weights: float32 (B, T), 1 on the tokens of a suffix, then 0.
+
+        Returns:
+            float32 (B,).
+        """
+        _, losses, _ = token_losses(
+            *(hidden, self.text.embedding.matrix(), token_ids, weights),
+            softcap=self.config.text.final_logit_softcap,
+        )
+        return -ops.sum(losses, axis=1)
+
     def _step_seeds(self):
         """The seeds of dropout, in the layers that have one."""
         return [
@@ -349,7 +393,10 @@ class PaliGemma2(keras.Model):
         tokens = ops.cast(tokens, activation_dtype(self.compute_dtype))
         return ops.reshape(tokens, (-1, num_images * num_tokens, self.config.text.width))
 
-    def _num_image_tokens(self, inputs):
+    def num_image_tokens(self, inputs):
+        """int, how many image tokens each row of the inputs has, see `call`."""
+        if "image_tokens" in inputs:
+            return inputs["image_tokens"].shape[1]
         shape = inputs["images"].shape
         return (shape[1] if len(shape) == 5 else 1) * self.config.vision.num_tokens
 
@@ -386,7 +433,7 @@ class PaliGemma2(keras.Model):
             cache=self.text.empty_cache(x.shape[0], cache_length),
             cache_index=0,
         )
-        hidden = hidden[:, self._num_image_tokens(inputs) :]
+        hidden = hidden[:, self.num_image_tokens(inputs) :]
         return self.text.logits(hidden[:, -1]), hidden, {"layers": layers, **cached}
 
     def decode(self, token_ids, cache, index):
@@ -402,18 +449,31 @@ class PaliGemma2(keras.Model):
             hidden: float (B, D), after the final norm.
             cache: with the token written into it.
         """
-        query = {
-            name: ops.expand_dims(ops.take(cache[name], index, axis=1), 1)
-            for name in ("blocks", "positions")
-        }
+        hidden, cache = self.extend(token_ids[:, None], cache, index)
+        return self.text.logits(hidden[:, 0]), hidden[:, 0], cache
+
+    def extend(self, token_ids, cache, index):
+        """Reads more tokens of each suffix.
+
+        Args:
+            token_ids: int32 (B, T).
+            cache: as `prefill` returns it. Must not be used again.
+            index: int32 scalar, place of the first of the tokens among the S of the cache.
+
+        Returns:
+            hidden: float (B, T, D), after the final norm.
+            cache: with the tokens written into it.
+        """
+        places = index + ops.arange(token_ids.shape[1], dtype="int32")
+        query = {name: ops.take(cache[name], places, axis=1) for name in ("blocks", "positions")}
         hidden, layers = self.text(
-            self.text.embed(token_ids[:, None]),
+            self.text.embed(token_ids),
             query["positions"],
             self._masks(query, cache),
             cache=cache["layers"],
             cache_index=index,
         )
-        return self.text.logits(hidden[:, 0]), hidden[:, 0], {**cache, "layers": layers}
+        return hidden, {**cache, "layers": layers}
 
     def _embed(self, inputs, training=None):
         """Image and text tokens float (B, M · P + T, D), and their blocks, positions, validity."""
@@ -423,7 +483,10 @@ class PaliGemma2(keras.Model):
         real = ops.ones_like(token_ids, "bool") if real is None else ops.cast(real, "bool")
         suffix = inputs.get("suffix_mask")
         suffix = ops.zeros_like(token_ids, "bool") if suffix is None else ops.cast(suffix, "bool")
-        images = self.encode_images(inputs["images"], training)
+        if "image_tokens" in inputs:
+            images = ops.cast(inputs["image_tokens"], activation_dtype(self.compute_dtype))
+        else:
+            images = self.encode_images(inputs["images"], training)
         in_image = ops.ones_like(images[:, :, 0], "bool")
         valid = ops.concatenate([in_image, real], axis=1)
         suffix = ops.concatenate([ops.logical_not(in_image), suffix], axis=1)
@@ -446,16 +509,24 @@ class PaliGemma2(keras.Model):
         return narrow, mask
 
     def _check(self, inputs):
-        missing = {"images", "token_ids"} - set(inputs)
-        unknown = set(inputs) - {"images", *_TEXT_INPUTS}
+        pictures = "image_tokens" if "image_tokens" in inputs else "images"
+        missing = {pictures, "token_ids"} - set(inputs)
+        unknown = set(inputs) - {pictures, *_TEXT_INPUTS}
         if missing or unknown:
             raise ValueError(
-                f"The model reads a dict with 'images' and {list(_TEXT_INPUTS)}. "
-                f"Missing: {sorted(missing)}. Unknown: {sorted(unknown)}"
+                "The model reads a dict with 'images' (or 'image_tokens') and "
+                f"{list(_TEXT_INPUTS)}. Missing: {sorted(missing)}. Unknown: {sorted(unknown)}"
             )
         size = self.config.vision.image_size
-        shape = tuple(inputs["images"].shape)
-        if len(shape) not in (4, 5) or shape[-3:] != (size, size, 3):
+        shape = tuple(inputs[pictures].shape)
+        if pictures == "image_tokens":
+            width = self.config.text.width
+            if len(shape) != 3 or shape[2] != width or shape[1] % self.config.vision.num_tokens:
+                raise ValueError(
+                    "`image_tokens` must be what `encode_images` returns, (B, M · "
+                    f"{self.config.vision.num_tokens}, {width}). Received: shape {shape}"
+                )
+        elif len(shape) not in (4, 5) or shape[-3:] != (size, size, 3):
             raise ValueError(
                 f"`images` must be (B, M, {size}, {size}, 3) or (B, {size}, {size}, 3) in "
                 f"[-1, 1]. Received: images of shape {shape}. `preprocessor.load_images` makes "
@@ -486,16 +557,18 @@ class PaliGemma2(keras.Model):
         stop=(),
         batch_size=16,
         details=False,
+        grammar=None,
     ):
         """Completes prompts about pictures.
 
         Args:
             images: an image (a path, a PIL image, or an array of uint8 in [0, 255] or float
                 in [0, 1]), a list of images, or a list of lists for several images per
-                prompt. Or a dict with "images", "prompts" and "responses"; or one with
-                "images" in [-1, 1], "token_ids", "padding_mask" and "suffix_mask", see `call`.
+                prompt. What `encode` returns counts as an image. Or a dict with "images",
+                "prompts" and "responses"; or one with "images" in [-1, 1], "token_ids",
+                "padding_mask" and "suffix_mask", see `call`.
             prompts: str, or list of str. One prompt goes with all images, one image with all
-                prompts.
+                prompts; it is encoded once then.
             responses: None, str, or list of str, the beginnings of the answers.
             max_new_tokens: int, most tokens to generate.
             sampler: "greedy", "random", "top_k", "top_p" or "beam"; a `Greedy`, `Sample` or
@@ -506,6 +579,8 @@ class PaliGemma2(keras.Model):
             batch_size: int, examples in one batch; the next batch is read meanwhile. Token ids
                 form one batch as they are.
             details: bool, whether to return `Generation` objects instead of texts.
+            grammar: Grammar or None, the only answers that are possible, for all examples or,
+                with as many `starts`, for each.
 
         Returns:
             The answer alone, without prompt and `responses`: str for one image and one
@@ -526,23 +601,80 @@ class PaliGemma2(keras.Model):
         examples = _as_examples(images, prompts, responses)
         if isinstance(examples, dict):
             inputs = self._align(examples)
-            seeds = generation.row_seeds(seed, len(inputs["token_ids"]))
-            return generation.generate_batch(self, inputs, *options, seeds)
+            count = len(inputs["token_ids"])
+            seeds, starts = generation.row_seeds(seed, count), _starts(grammar, count)
+            return generation.generate_batch(self, inputs, *options, seeds, grammar, starts)
         *columns, is_single = examples
+        self._require_preprocessor()
+        columns[0] = self._encode_once(columns[0], batch_size)
         count = len(columns[0])
+        rows = list(range(count))
         if count > batch_size:  # a smaller last batch would be compiled anew
-            columns = [column + column[-1:] * (-count % batch_size) for column in columns]
-        batches = [
-            [column[start : start + batch_size] for column in columns]
-            for start in range(0, count, batch_size)
-        ]
-        preprocessor = self._require_preprocessor()
-        seeds = generation.row_seeds(seed, len(columns[0]))
+            rows += rows[-1:] * (-count % batch_size)
+        batches = [rows[start : start + batch_size] for start in range(0, count, batch_size)]
+        seeds, starts = generation.row_seeds(seed, len(rows)), _starts(grammar, count)
+
+        def prepare(rows):
+            return rows, self._inputs(*([column[row] for row in rows] for column in columns))
+
         results = []
-        for inputs in _backend.prefetch(preprocessor.for_generation, batches):
-            batch_seeds = seeds[len(results) : len(results) + batch_size]
-            results += generation.generate_batch(self, inputs, *options, batch_seeds)
+        for rows, inputs in _backend.prefetch(prepare, [(rows,) for rows in batches]):
+            results += generation.generate_batch(
+                *(self, inputs, *options, [seeds[row] for row in rows]),
+                *(grammar, [starts[row] for row in rows]),
+            )
         results = results[:count] if details else [result.text for result in results[:count]]
+        return results[0] if is_single else results
+
+    def _encode_once(self, images, batch_size):
+        """The pictures of the examples, encoded if one picture has several prompts."""
+        pictures = {id(image): image for row in images for image in row}
+        is_encoded = any(isinstance(image, EncodedImage) for image in pictures.values())
+        if len(pictures) < len(images) and not is_encoded:  # a picture of several prompts
+            pictures = dict(zip(pictures, self.encode(list(pictures.values()), batch_size)))
+            images = [[pictures[id(image)] for image in row] for row in images]
+        return images
+
+    def _inputs(self, images, prompts, responses):
+        """A batch for `generation`, of pictures that may be encoded already."""
+        is_encoded = {isinstance(image, EncodedImage) for row in images for image in row}
+        if True not in is_encoded:
+            return self.preprocessor.for_generation(images, prompts, responses)
+        if False in is_encoded or len({len(row) for row in images}) > 1:
+            raise ValueError(
+                "In one batch either all images or none must come from `encode`, and each example "
+                "must have as many."
+            )
+        tokens = [ops.concatenate([image.tokens for image in row]) for row in images]
+        texts = self.preprocessor.texts_for_generation(prompts, responses)
+        return {"image_tokens": ops.stack(tokens), **texts}
+
+    def encode(self, images, batch_size=16):
+        """Runs the vision tower once, for many prompts about the same pictures.
+
+        Args:
+            images: an image, see `generate`, or a list of images.
+            batch_size: int, images in one batch.
+
+        Returns:
+            EncodedImage, or list of EncodedImage. All methods take them in place of images.
+
+        Example:
+            >>> cat = model.encode("cat.jpg")
+            >>> model.caption(cat), model.ocr(cat), model.detect(cat, "cat")
+        """
+        images, *_, is_single = batch_examples(images, "")
+        if any(len(row) != 1 for row in images):
+            raise ValueError("`images` must be an image or a list of images, not a list of lists.")
+        images = [image for (image,) in images]
+        program = self.programs.get(self, ("encode",), self.encode_images)
+        load = self._require_preprocessor().load_images
+        starts = range(0, len(images), batch_size)
+        batches = [([[image] for image in images[i : i + batch_size]],) for i in starts]
+        encoded = []
+        for arrays in _backend.prefetch(load, batches):
+            encoded += list(program(ops.convert_to_tensor(arrays)))
+        results = [EncodedImage(x, *image_size(image)) for x, image in zip(encoded, images)]
         return results[0] if is_single else results
 
     def stream(
@@ -579,7 +711,7 @@ class PaliGemma2(keras.Model):
             inputs, is_single = self._align(examples), False
         else:
             *columns, is_single = examples
-            inputs = self.preprocessor.for_generation(*columns)
+            inputs = self._inputs(*columns)
         seeds = generation.row_seeds(seed, len(inputs["token_ids"]))
         pieces = generation.stream_batch(self, inputs, sampler, max_new_tokens, stop, seeds)
         return (piece[0] for piece in pieces) if is_single else pieces
@@ -608,6 +740,237 @@ class PaliGemma2(keras.Model):
                 "dict with 'images', 'token_ids' and 'padding_mask'."
             )
         return self.preprocessor
+
+    # Tasks
+
+    def caption(self, images, lang="en", style="coco", **options):
+        """Says what pictures show.
+
+        Args:
+            images: an image, see `generate`, or a list of images.
+            lang: str, code of one of the 34 languages of the training, such as "en" or "de".
+            style: "short" (a few words), "coco" (a sentence) or "detailed". Checkpoints named
+                "mix" know the last two.
+            **options: options of `generate`, such as `max_new_tokens`.
+
+        Returns:
+            str, or list of str.
+
+        Raises:
+            ValueError: if an argument is out of range.
+
+        Example:
+            >>> model.caption("cat.jpg", lang="fr")
+            'Un chat allongé sur un canapé.'
+        """
+        return self.generate(images, tasks.caption_prompt(lang, style), **options)
+
+    def answer(self, images, questions, lang="en", **options):
+        """Answers questions about pictures in a few words.
+
+        Args:
+            images: an image, see `generate`, or a list of images.
+            questions: str, or list of str. One question goes with all images, and one image with
+                all questions.
+            lang: str, language of the answers.
+            **options: options of `generate`.
+
+        Returns:
+            str, or list of str.
+
+        Raises:
+            ValueError: if an argument is out of range, or the numbers differ.
+
+        Example:
+            >>> model.answer("cat.jpg", "what color is the cat?")
+            'grey'
+        """
+        return self.generate(images, _each(tasks.answer_prompt, questions, lang), **options)
+
+    def ask(self, images, answers, lang="en", **options):
+        """Asks questions about pictures whose answers are given: `answer` the other way round.
+
+        Args:
+            images: an image, see `generate`, or a list of images.
+            answers: str, or list of str, in English.
+            lang: str, language of the questions.
+            **options: options of `generate`.
+
+        Returns:
+            str, or list of str.
+
+        Raises:
+            ValueError: if an argument is out of range, or the numbers differ.
+        """
+        return self.generate(images, _each(tasks.question_prompt, answers, lang), **options)
+
+    def ocr(self, images, **options):
+        """Reads the text in pictures, from left to right and top to bottom.
+
+        Args:
+            images: an image, see `generate`, or a list of images.
+            **options: options of `generate`.
+
+        Returns:
+            str, or list of str.
+        """
+        return self.generate(images, "ocr", **{"max_new_tokens": 128, **options})
+
+    def detect(self, images, things, *, constrained=False, **options):
+        """Finds things in pictures, with boxes.
+
+        Args:
+            images: an image, see `generate`, or a list of images.
+            things: str, such as "cat" or "cat ; dog", or list of str: what to look for in each
+                image. Or a list of such lists, one for each image.
+            constrained: bool, whether the model can only give well-formed objects with one of
+                the names in `things`.
+            **options: options of `generate`.
+
+        Returns:
+            Detections, or list of Detections: sequences of `Detection` with label, box in pixels
+            of the picture as it came, and score.
+
+        Raises:
+            ValueError: if an argument is out of range, or the numbers differ.
+
+        Example:
+            >>> for found in model.detect("cat.jpg", "cat ; sofa"):
+            ...     print(found.label, found.box, found.score)
+        """
+        return self._detect("detect", images, things, constrained, options)
+
+    def segment(self, images, things, *, constrained=False, **options):
+        """Finds things in pictures, with boxes and masks. `codec` makes the masks.
+
+        Args: those of `detect`.
+
+        Returns:
+            as `detect`; each `Detection` has a `mask`, bool (height, width), if the model gave
+            one.
+
+        Raises:
+            OSError: if the official codec cannot be downloaded; see `codec`.
+            ValueError: if an argument is out of range, or the numbers differ.
+        """
+        return self._detect("segment", images, things, constrained, options)
+
+    def _detect(self, task, images, things, constrained, options):
+        is_each = not isinstance(things, str) and not all(isinstance(x, str) for x in things)
+        things = [tasks.list_of_things(names) for names in (things if is_each else [things])]
+        prompts = [f"{task} {' ; '.join(names)}" for names in things]
+        images, prompts, _, is_single = batch_examples(images, prompts if is_each else prompts[0])
+        if any(len(row) != 1 for row in images):
+            raise ValueError(f"`{task}` looks at one image at a time: pass a list of images.")
+        tokenizer = self._require_preprocessor().tokenizer
+        codec = self.codec if task == "segment" else None
+        if constrained:
+            options["grammar"] = tasks.detection_grammar(tokenizer, things, task == "segment")
+        options = {"max_new_tokens": tasks.MAX_OBJECT_TOKENS, **options, "details": True}
+        answers = self.generate(images, prompts, **options)
+        found = [
+            tasks.read_detections(answer, tokenizer, *image_size(image), codec)
+            for answer, (image,) in zip(answers, images)
+        ]
+        return found[0] if is_single else found
+
+    def describe_region(self, images, boxes, **options):
+        """Says what is in a box.
+
+        Args:
+            images: an image, see `generate`, or a list of images.
+            boxes: 4 numbers, (x1, y1, x2, y2) in pixels of the picture; or a list of such, one
+                for each image, or all for one image.
+            **options: options of `generate`.
+
+        Returns:
+            str, or list of str.
+
+        Raises:
+            ValueError: if a box is empty or outside of its picture, or the numbers differ.
+
+        Example:
+            >>> model.describe_region("cat.jpg", (31, 14, 402, 330))
+            'cat'
+        """
+        is_each = np.ndim(boxes) > 1
+        prompts = [""] * len(boxes) if is_each else ""
+        images, _, _, is_single = batch_examples(images, prompts)
+        if any(len(row) != 1 for row in images):
+            raise ValueError("`describe_region` looks at one image at a time: pass a list of them.")
+        boxes = boxes if is_each else [boxes] * len(images)
+        prompts = [
+            tasks.region_prompt(box, *image_size(image)) for (image,), box in zip(images, boxes)
+        ]
+        answers = self.generate(images, prompts, **options)
+        return answers[0] if is_single else answers
+
+    def score(self, images, prompts, candidates, batch_size=16):
+        """How likely each of several answers is: for classification and ranking.
+
+        Each picture and its prompt are read once, whatever the number of candidates.
+
+        Args:
+            images: an image, see `generate`, or a list of images.
+            prompts: str, or list of str.
+            candidates: list of str, the answers to compare.
+            batch_size: int, candidates in one batch.
+
+        Returns:
+            float32 NumPy array, (number of candidates,), or (B, number of candidates) for lists:
+            natural logarithms of the probabilities of the whole answers, their end included.
+
+        Raises:
+            ValueError: if there is no candidate, or the numbers of images and prompts differ.
+
+        Example:
+            >>> scores = model.score("cat.jpg", "answer en what is it?", ["cat", "dog"])
+            >>> np.exp(scores)
+            array([0.83, 0.02], dtype=float32)
+        """
+        if isinstance(candidates, str) or not len(candidates):
+            raise ValueError(
+                f"`candidates` must be a list of at least one str. Received: {candidates!r}"
+            )
+        self._check_options(1, "greedy", (), batch_size)
+        images, prompts, _, is_single = batch_examples(images, prompts)
+        encode = self._require_preprocessor().tokenizer.encode
+        suffixes = [[*encode(candidate), EOS_ID] for candidate in candidates]
+        rows = [([image], [prompt], [""]) for image, prompt in zip(images, prompts)]
+        scores = np.stack(
+            [
+                generation.score_suffixes(self, inputs, suffixes, batch_size)
+                for inputs in _backend.prefetch(self._inputs, rows)
+            ]
+        )
+        return scores[0] if is_single else scores
+
+    @property
+    def codec(self):
+        """SegmentationCodec, which makes masks of segment tokens.
+
+        It comes with the checkpoint, or is the official one, downloaded at the first use (8 MB);
+        `use_codec` sets another.
+        """
+        if isinstance(self._codec, str):
+            self.use_codec(SegmentationCodec.from_file(self._codec))
+        return self._codec or _official_codec()
+
+    def use_codec(self, codec):
+        """Sets the `codec` that makes masks.
+
+        Args:
+            codec: SegmentationCodec, or path of its file, such as "vae-oid.npz".
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is something else.
+        """
+        if isinstance(codec, (str, os.PathLike)):
+            codec = SegmentationCodec.from_file(codec)
+        if not isinstance(codec, SegmentationCodec):
+            raise ValueError(f"`codec` must be a SegmentationCodec or a path. Received: {codec!r}")
+        object.__setattr__(self, "_codec", codec)  # Keras would take its weights for the model's
 
     # Training
 
@@ -1102,6 +1465,9 @@ class PaliGemma2(keras.Model):
             file.write(self.preprocessor.tokenizer.model)
         with open(os.path.join(folder, "preprocessor.json"), "w") as file:
             json.dump(self.preprocessor.get_config(), file, indent=2)
+        if content := self._codec_content():
+            with open(os.path.join(folder, presets.CODEC_FILE), "wb") as file:
+                file.write(content)
 
     def load_assets(self, folder):
         if not os.path.exists(os.path.join(folder, "preprocessor.json")):
@@ -1110,6 +1476,14 @@ class PaliGemma2(keras.Model):
             options = json.load(file)
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.model"))
         self.preprocessor = Preprocessor(tokenizer, **options)
+        codec = os.path.join(folder, presets.CODEC_FILE)
+        if os.path.exists(codec):
+            self.use_codec(codec)
+
+
+@functools.cache
+def _official_codec():
+    return SegmentationCodec.from_file()
 
 
 def _is_seed(path):
@@ -1176,6 +1550,23 @@ def _read(weights, dtype):
         [(path,) for path in paths],
         threads=2,
     )
+
+
+def _each(prompt, texts, lang):
+    """A prompt for a text, or prompts for several."""
+    return prompt(texts, lang) if isinstance(texts, str) else [prompt(x, lang) for x in texts]
+
+
+def _starts(grammar, count):
+    """The state in which each of `count` rows begins, or Nones."""
+    if grammar is None:
+        return [None] * count
+    if len(grammar.starts) not in (1, count):
+        raise ValueError(
+            f"`grammar` must have 1 start, or {count}, one for each example. "
+            f"Received: {len(grammar.starts)}"
+        )
+    return grammar.starts if len(grammar.starts) == count else grammar.starts * count
 
 
 def _as_examples(images, prompts, responses):

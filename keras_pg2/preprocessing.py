@@ -4,7 +4,7 @@ import concurrent.futures
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from keras_pg2.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
@@ -150,11 +150,17 @@ class Preprocessor:
             dict of "images" float32 (B, M, I, I, 3), "token_ids" int32 (B, T),
             "padding_mask" bool (B, T) and "suffix_mask" bool (B, T).
         """
-        texts = [
-            self.tokenize(prompt, response)
-            for prompt, response in zip(prompts, responses or [""] * len(prompts), strict=True)
-        ]
-        return {"images": self.load_images(images), **align_right(texts)}
+        texts = self.texts_for_generation(prompts, responses)
+        return {"images": self.load_images(images), **texts}
+
+    def texts_for_generation(self, prompts, responses=None):
+        """What `for_generation` returns, without the pictures."""
+        return align_right(
+            [
+                self.tokenize(prompt, response)
+                for prompt, response in zip(prompts, responses or [""] * len(prompts), strict=True)
+            ]
+        )
 
     def for_training(self, images, prompts, responses):
         """A batch to learn, padded on the right to `sequence_length`.
@@ -272,10 +278,30 @@ def _to_numpy(array):
     return array.astype("float32") if array.dtype.name == "bfloat16" else array
 
 
+def image_size(image):
+    """(width, height) in pixels of a picture as it is seen, without reading its pixels.
+
+    Args:
+        image: see `Preprocessor.load_image`; or anything with `width` and `height`.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        with _opened(image) as opened:
+            return image_size(opened)
+    if isinstance(image, Image.Image):
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size[::-1] if is_turned else image.size
+    if _is_array(image):
+        return image.shape[1], image.shape[0]
+    if hasattr(image, "width") and hasattr(image, "height"):
+        return image.width, image.height
+    raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r}")
+
+
 def image_levels(image):
     """One picture to float32 (H, W, 3) in [0, 255]."""
     if isinstance(image, (str, os.PathLike)):
-        return _open(image)
+        with _opened(image) as opened:
+            return _pil_levels(opened, repr(os.fspath(image)))
     if isinstance(image, Image.Image):
         return _pil_levels(image, "the PIL image")
     if not _is_array(image):
@@ -309,13 +335,12 @@ def image_levels(image):
     return np.repeat(levels, 3, axis=-1) if image.shape[-1] == 1 else levels[..., :3]
 
 
-def _open(path):
+def _opened(path):
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No such image file: {path!r}")
     try:
-        with Image.open(path) as image:
-            return _pil_levels(image, repr(path))
+        return Image.open(path)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"The file {path!r} is no image that Pillow can read.") from error
     except Image.DecompressionBombError as error:

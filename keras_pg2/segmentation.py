@@ -243,6 +243,12 @@ class SegmentationCodec(keras.Model):
                 "`dtype` must be 'float16', 'bfloat16', 'float32' or None. "
                 f"Received: dtype={dtype!r}"
             )
+        # The library's `save_file` would hide the file from other users.
+        with io.replace_when_done(path, overwrite) as new, open(new, "wb") as file:
+            file.write(self.to_bytes(dtype))
+
+    def to_bytes(self, dtype=None):
+        """The bytes of the file that `save_file` writes."""
         tensors = {
             name: np.ascontiguousarray(_backend.to_numpy(v).astype(dtype or v.dtype))
             for name, v in self._variables_by_path().items()
@@ -252,9 +258,7 @@ class SegmentationCodec(keras.Model):
             "version": str(_VERSION),
             "config": json.dumps(self._architecture()),
         }
-        # The library's `save_file` would hide the file from other users.
-        with io.replace_when_done(path, overwrite) as new, open(new, "wb") as file:
-            file.write(safetensors.numpy.save(tensors, metadata))
+        return safetensors.numpy.save(tensors, metadata)
 
     # Masks and codes
 

@@ -24,6 +24,10 @@ class Tokenizer:
         model: bytes, the serialized SentencePiece model (`tokenizer.model`), with or without
             the location and segment tokens; when absent they follow the last piece.
 
+    Attributes:
+        vocab_size: int, V.
+        location_ids, segment_ids: lists of int, of `<loc0000>`, … and of `<seg000>`, ….
+
     Raises:
         ValueError: if `model` is no SentencePiece model, or one with other control ids.
 
@@ -55,6 +59,8 @@ class Tokenizer:
         self._extra_ids = {token: self._first_extra + i for i, token in enumerate(extra)}
         self._extra_tokens = {id: token for token, id in self._extra_ids.items()}
         self.vocab_size = max(num_pieces, self._first_extra + len(extra))
+        ids = list(self._extra_tokens)
+        self.location_ids, self.segment_ids = ids[:NUM_LOCATIONS], ids[NUM_LOCATIONS:]
 
     @property
     def model_with_extra_tokens(self):

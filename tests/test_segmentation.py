@@ -9,11 +9,11 @@ from keras import ops
 
 import keras_pg2
 from keras_pg2 import SegmentationCodec, segmentation
-from keras_pg2.checkpoints import names
+from keras_pg2.checkpoints import names, presets
 from keras_pg2.segmentation import encode_detection, encode_segmentation, mask_from_codes
 from keras_pg2.tiny import train_codec
 
-TINY_FILE = pathlib.Path(keras_pg2.__file__).parent / "tiny" / "segmentation.safetensors"
+TINY_FILE = pathlib.Path(keras_pg2.__file__).parent / "tiny" / presets.TINY / presets.CODEC_FILE
 # Few different shapes: jax compiles a program for each.
 SMALL = {"widths": (8, 8, 8, 8), "num_residual_blocks": 1, "code_width": 6}
 

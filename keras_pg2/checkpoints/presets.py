@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import re
 
 import keras
@@ -13,6 +14,8 @@ from keras_pg2.checkpoints import io
 from keras_pg2.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
 
 FORMATS = ("preset", "hf", "keras-hub", "big-vision")
+TINY = "paligemma2-tiny-digits-112"  # comes with the package
+CODEC_FILE = "segmentation.safetensors"
 _OFFICIAL = re.compile(
     r"paligemma2-(3b|10b|28b)-(pt-(224|448|896)|mix-(224|448))"
     r"|paligemma2-(3b|10b)-ft-docci-448"
@@ -32,6 +35,7 @@ class Checkpoint:
         path: str, the folder or file.
         tokenizer: str or None, path of `tokenizer.model` or `tokenizer.json`.
         preprocessing: dict, arguments of `Preprocessor` other than the image size.
+        codec: str or None, path of a `<seg>` codec of its own.
     """
 
     format: str
@@ -39,6 +43,7 @@ class Checkpoint:
     path: str
     tokenizer: str | None = None
     preprocessing: dict = dataclasses.field(default_factory=dict)
+    codec: str | None = None
 
     def weights(self):
         """The tensors by the paths of our variables, as a dict of LazyTensor.
@@ -65,9 +70,9 @@ def find_checkpoint(preset):
     """Fetches a checkpoint if need be, and recognises it by its content.
 
     Args:
-        preset: an official name ("paligemma2-3b-mix-224"), "hf://org/repo" with "@revision" if
-            wanted, "kaggle://owner/model/framework/variation", or the path of our own, a
-            Hugging Face or a keras_hub folder, or of a big_vision `.npz`.
+        preset: an official name ("paligemma2-3b-mix-224"), `TINY`, "hf://org/repo" with
+            "@revision" if wanted, "kaggle://owner/model/framework/variation", or the path of our
+            own, a Hugging Face or a keras_hub folder, or of a big_vision `.npz`.
 
     Returns:
         Checkpoint.
@@ -79,7 +84,9 @@ def find_checkpoint(preset):
     """
     path = os.fspath(preset)
     if not os.path.exists(path):
-        if _OFFICIAL.fullmatch(path):
+        if path == TINY:
+            path = str(pathlib.Path(__file__).parents[1] / "tiny" / TINY)
+        elif _OFFICIAL.fullmatch(path):
             path = _download_hugging_face(f"google/{path}")
         elif path.startswith("hf://"):
             path = _download_hugging_face(path.removeprefix("hf://"))
@@ -95,9 +102,9 @@ def find_checkpoint(preset):
     config_path = os.path.join(path, "config.json")
     if not os.path.exists(config_path):
         raise FileNotFoundError(
-            "`preset` must be an official name such as 'paligemma2-3b-mix-224', hf://org/repo, "
-            "kaggle://owner/model/framework/variation, or the path of a folder with a config.json "
-            f"or of a big_vision .npz file. Received: preset={os.fspath(preset)!r}"
+            f"`preset` must be an official name such as 'paligemma2-3b-mix-224', {TINY!r}, "
+            "hf://org/repo, kaggle://owner/model/framework/variation, or the path of a folder with "
+            f"a config.json or of a big_vision .npz file. Received: preset={os.fspath(preset)!r}"
         )
     with open(config_path, encoding="utf-8") as file:
         try:
@@ -123,6 +130,7 @@ def _recognise(path, config_path, values):
                 path,
                 _first_file(path, "tokenizer.model"),
                 values.get("preprocessing") or {},
+                _first_file(path, CODEC_FILE),
             )
         if values.get("model_type") == "paligemma":
             tokenizer = _first_file(path, "tokenizer.model", "tokenizer.json")
@@ -425,7 +433,15 @@ def _big_vision_config(shapes, path):
 
 
 def save_checkpoint(
-    path, format, config, weights, preprocessor=None, dtype=None, overwrite=False, verbose=True
+    path,
+    format,
+    config,
+    weights,
+    preprocessor=None,
+    dtype=None,
+    overwrite=False,
+    verbose=True,
+    codec=None,
 ):
     """Writes a checkpoint under a temporary name and renames it when it is complete.
 
@@ -438,6 +454,7 @@ def save_checkpoint(
         dtype: str or None, dtype to store; None keeps that of `weights`.
         overwrite: bool, whether to replace what is there.
         verbose: bool, whether to show progress.
+        codec: bytes or None, file of a `<seg>` codec. Only "preset" holds one.
 
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False.
@@ -456,6 +473,8 @@ def save_checkpoint(
         files = _keras_hub_files(config, stored_dtype, preprocessor, weights)
     elif format == "preset":
         files = _preset_files(config, preprocessor)
+        if codec is not None:
+            files[CODEC_FILE] = codec
     total = sum(tensor.num_bytes for tensor in tensors.values())
     with (
         tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=not verbose) as bar,

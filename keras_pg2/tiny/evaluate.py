@@ -1,6 +1,6 @@
 """How well a model does on scenes it never saw, of digits it never saw, by greedy decoding.
 
-    python -m keras_pg2.tiny.evaluate PRESET [--codec FILE] [--num-examples 500]
+    python -m keras_pg2.tiny.evaluate [PRESET] [--num-examples 500]
 
 prints a Markdown table.
 """
@@ -9,21 +9,17 @@ import argparse
 import collections
 import dataclasses
 import random
-import re
 import sys
 
 import numpy as np
 
+from keras_pg2.checkpoints.presets import TINY
 from keras_pg2.paligemma import PaliGemma2
-from keras_pg2.segmentation import SegmentationCodec, mask_from_codes
+from keras_pg2.tasks import box_overlap, parse_detections
 from keras_pg2.tiny.scenes import IMAGE_SIZE, SHAPES, Scene, SceneRenderer
 from keras_pg2.tiny.tasks import LANGUAGES, QUESTIONS, TASKS, tasks
-from keras_pg2.tokenizer import NUM_LOCATIONS
 
 _MAX_NEW_TOKENS = 64
-_DETECTION = re.compile(
-    r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>((?:<seg\d{3}>){16})? *([^<>]*)"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,49 +37,6 @@ class Example:
     scene: Scene
     prompt: str
     suffix: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Detection:
-    """What one part of an answer to `detect` or `segment` says.
-
-    Attributes:
-        label: str.
-        box: tuple of 4 float, (x1, y1, x2, y2) in pixels, or None if the part is malformed or
-            its box is empty.
-        codes: int (16,), or None without a mask.
-    """
-
-    label: str
-    box: tuple | None
-    codes: np.ndarray | None = None
-
-
-def parse_detections(text):
-    """Reads an answer to `detect` or `segment`, be it malformed.
-
-    Args:
-        text: str, parts separated by ";".
-
-    Returns:
-        list of Detection, one for each part that is not blank.
-
-    Example:
-        >>> parse_detections("<loc0000><loc0256><loc0512><loc1023> star ; nothing")
-        [Detection(label='star', box=(28.03, 0.0, 112.0, 56.05), codes=None),
-         Detection(label='nothing', box=None, codes=None)]
-    """
-    detections = []
-    for part in filter(None, map(str.strip, text.split(";"))):
-        match = _DETECTION.fullmatch(part)
-        box = codes = None
-        if match:
-            scale = IMAGE_SIZE / (NUM_LOCATIONS - 1)
-            y1, x1, y2, x2 = (int(place) * scale for place in match.groups()[:4])
-            box = (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
-            codes = match[5] and np.array(re.findall(r"\d+", match[5])).astype(int)
-        detections.append(Detection(match[6] if match else part, box, codes))
-    return detections
 
 
 def held_out_examples(renderer, kind, num_examples, seed, codes=None, shapes=SHAPES):
@@ -123,7 +76,6 @@ def held_out_examples(renderer, kind, num_examples, seed, codes=None, shapes=SHA
 
 def evaluate(
     model,
-    codec=None,
     num_examples=500,
     seed=1,
     *,
@@ -135,9 +87,7 @@ def evaluate(
     """Scores a model's greedy answers about held-out scenes.
 
     Args:
-        model: PaliGemma2.
-        codec: callable, int (16,) codes to float (64, 64), inside of its box where positive; or
-            None not to score masks.
+        model: PaliGemma2. Its `codec` makes the masks.
         num_examples: int, examples of each of `kinds`.
         seed: int, of the examples.
         renderer: SceneRenderer of the split "test", or None to make one.
@@ -158,7 +108,7 @@ def evaluate(
         ValueError: if `renderer` is of the training split.
 
     Example:
-        >>> metrics = evaluate(model, lambda codes: codec.decode(codes[None])[0])
+        >>> metrics = evaluate(model)
         >>> metrics["ocr/exact"]
         0.86
     """
@@ -179,7 +129,7 @@ def evaluate(
             if kind.startswith("detect"):
                 _score_boxes(scores, example, answer)
             elif kind.startswith("segment"):
-                _score_mask(scores, example, answer, codec)
+                _score_mask(scores, example, answer, model.codec)
             else:
                 _score_text(scores, example, answer, model.preprocessor.tokenizer)
         for name in sorted(scores):  # without any box there is no precision
@@ -204,7 +154,7 @@ def _score_text(scores, example, answer, tokenizer):
 
 
 def _score_boxes(scores, example, answer):
-    true, given = parse_detections(example.suffix), parse_detections(answer)
+    true, given = _parse(example.suffix), _parse(answer)
     overlaps = _match(true, given)
     num_found = sum(overlap >= 0.5 for overlap in overlaps)
     scores["iou"] += overlaps
@@ -219,10 +169,10 @@ def _match(true, given):
     The closest pairs of one label find each other first.
     """
     pairs = [
-        (_overlap(one.box, other.box), i, j)
+        (box_overlap(one.box, other.box), i, j)
         for i, one in enumerate(true)
         for j, other in enumerate(given)
-        if one.label == other.label and other.box is not None
+        if one.label == other.label
     ]
     overlaps, used = [0.0] * len(true), set()
     for overlap, i, j in sorted(pairs, reverse=True):
@@ -232,29 +182,21 @@ def _match(true, given):
     return overlaps
 
 
-def _overlap(one, other):
-    """Intersection over union of two boxes."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(0, width) * max(0, height)
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (one, other)]
-    return shared / (sum(areas) - shared)
-
-
 def _score_mask(scores, example, answer, codec):
     name = example.prompt.removeprefix("segment ")
     (item,) = [item for item in example.scene.objects if item.name == name]
-    given = [found for found in parse_detections(answer) if found.label == name and found.box]
-    (true,) = parse_detections(example.suffix)
-    scores["box iou"].append(_overlap(true.box, given[0].box) if given else 0.0)
-    if codec is None:
-        return
-    if not given or given[0].codes is None:
+    given = [found for found in _parse(answer, codec) if found.label == name]
+    (true,) = _parse(example.suffix)
+    scores["box iou"].append(box_overlap(true.box, given[0].box) if given else 0.0)
+    if not given or given[0].mask is None:
         scores["mask iou"].append(0.0)
         return
-    true_mask = example.scene.mask(item)
-    mask = mask_from_codes(codec(given[0].codes), given[0].box, IMAGE_SIZE, IMAGE_SIZE)
+    true_mask, mask = example.scene.mask(item), given[0].mask
     scores["mask iou"].append((true_mask & mask).sum() / (true_mask | mask).sum())
+
+
+def _parse(text, codec=None):
+    return parse_detections(text, IMAGE_SIZE, IMAGE_SIZE, codec)
 
 
 def markdown_table(metrics):
@@ -269,21 +211,15 @@ def main(arguments=None):
         prog="python -m keras_pg2.tiny.evaluate",
         description="Score a preset on held-out scenes of digits and shapes.",
     )
-    parser.add_argument("preset", help="name or path of a preset")
-    parser.add_argument("--codec", metavar="FILE", help="weights of the codec, to score masks")
+    parser.add_argument(
+        "preset", nargs="?", default=TINY, help=f"name or path of a preset; default: {TINY}"
+    )
     parser.add_argument("--num-examples", type=int, default=500, help="of each task; default: 500")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
 
     model = PaliGemma2.from_preset(options.preset)
-    codec = None
-    if options.codec:
-        weights = SegmentationCodec.from_file(options.codec)
-
-        def codec(codes):
-            return weights.decode(codes[None])[0]
-
-    metrics = evaluate(model, codec, options.num_examples, options.seed)
+    metrics = evaluate(model, options.num_examples, options.seed)
     sys.stdout.write(f"{markdown_table(metrics)}\n")
 
 

@@ -1,6 +1,6 @@
 """Trains the tiny PaliGemma 2 from nothing, in three hours on two CPU cores.
 
-    KERAS_BACKEND=torch python -m keras_pg2.tiny.train OUT [--minutes 170] [--resume]
+    KERAS_BACKEND=torch python -m keras_pg2.tiny.train OUT [--minutes 130] [--resume]
 
 Three lessons follow each other, each a `fit` of its own:
 
@@ -29,6 +29,7 @@ from keras import layers, ops
 
 from keras_pg2 import _backend
 from keras_pg2.attention import attention_mask
+from keras_pg2.checkpoints.presets import CODEC_FILE, TINY
 from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from keras_pg2.linear import activation_dtype
 from keras_pg2.paligemma import PaliGemma2
@@ -68,7 +69,7 @@ CONFIG = PaliGemmaConfig(
         max_positions=512,
     ),
 )
-CODEC = os.path.join(os.path.dirname(__file__), "segmentation.safetensors")
+CODEC = os.path.join(os.path.dirname(__file__), TINY, CODEC_FILE)
 
 _QUESTIONS = ("ocr", "caption", "detect", "detect", "segment", "answer", "answer", "answer")
 _SAVE_SECONDS, _LOG_SECONDS, _CHECK_SECONDS = 240, 60, 900
@@ -119,11 +120,11 @@ class Lesson:
         return pair[0] + (pair[1] - pair[0]) * share
 
 
-def lessons(minutes=170):
+def lessons(minutes=130):
     """The three lessons, as long as they take in so many minutes on two free cores."""
     look = Lesson(
         "look",
-        steps=round(13 * minutes),
+        steps=round(17 * minutes),
         num_images=64,
         learning_rate=(2e-3, 4e-4),
         hold=0.5,
@@ -131,7 +132,7 @@ def lessons(minutes=170):
     )
     read = Lesson(
         "read",
-        steps=round(76 * minutes),
+        steps=round(64 * minutes),
         num_images=32,
         rows_per_image=1,
         text_length=120,
@@ -141,11 +142,11 @@ def lessons(minutes=170):
         hold=0.25,
         patch_weight=(0.5, 0.2),
         blur=(8.0, 1.0),
-        easy_steps=round(3 * minutes),
+        easy_steps=round(3.92 * minutes),
     )
     answer = Lesson(
         "answer",
-        steps=round(12 * minutes),
+        steps=round(10 * minutes),
         num_images=24,
         rows_per_image=4,
         text_length=40,
@@ -708,7 +709,7 @@ def main(arguments=None):
     )
     parser.add_argument("out", help="folder of the preset to write; OUT.run has log and state")
     parser.add_argument(
-        "--minutes", type=float, default=170, help="on two free cores; default: 170"
+        "--minutes", type=float, default=130, help="on two free cores; default: 130"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the state in OUT.run")
     parser.add_argument("--seed", type=int, default=0)
@@ -733,16 +734,12 @@ def main(arguments=None):
     # In the dtype of the file. A model of its own, since those of the student are compiled.
     graduate = PaliGemma2(CONFIG, preprocessor, dtype="float16")
 
+    graduate.use_codec(codec)
+
     def check(weights, num_examples=100):
         for path, variable in graduate.variables_by_path().items():
             variable.assign(weights[path])
-        decode = codec.decode
-        return evaluate(
-            graduate,
-            lambda codes: ops.convert_to_numpy(decode(codes[None]))[0],
-            num_examples,
-            renderer=held_out,
-        )
+        return evaluate(graduate, num_examples, renderer=held_out)
 
     run = Run(folder, student, teacher, lessons(options.minutes), check)
     if options.resume:
@@ -751,6 +748,7 @@ def main(arguments=None):
     metrics = check(run.averaged_weights(), num_examples=500)
     run.log(**metrics)
     graduate.save_to_preset(options.out)
+    codec.save_file(os.path.join(options.out, CODEC_FILE), dtype="float16", overwrite=True)
     _LOG.info("%s", markdown_table(metrics))
 
 

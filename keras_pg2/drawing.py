@@ -1,0 +1,144 @@
+"""Draws boxes, masks, labels and scores on pictures."""
+
+import colorsys
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from keras_pg2.preprocessing import image_levels
+
+_MASK_OPACITY = 0.45
+_TEXT_SHARE = 0.032  # height of letters, of the mean side of the picture
+_SMALLEST_SIDE = 480  # of the result, pixels: labels need room
+
+
+def draw(image, detections):
+    """A copy of a picture with objects drawn on it.
+
+    Each label has a colour of its own, the same in every picture. Boxes and masks have a light and
+    a dark outline, so that they can be seen on every ground. Labels avoid each other where there
+    is room. A small picture is enlarged by a whole factor first.
+
+    Args:
+        image: a path, a PIL image or an array, see `PaliGemma2.generate`.
+        detections: Detections, as `PaliGemma2.detect` and `segment` return them.
+
+    Returns:
+        PIL.Image, RGB.
+
+    Raises:
+        ValueError: if the detections are of a picture of another size.
+
+    Example:
+        >>> keras_pg2.draw("cat.jpg", model.detect("cat.jpg", "cat")).save("drawn.png")
+    """
+    levels = image_levels(image)
+    height, width = levels.shape[:2]
+    if (width, height) != (detections.width, detections.height):
+        raise ValueError(
+            f"`detections` must be of this picture of {width} × {height} pixels. Received: "
+            f"detections in {detections.width} × {detections.height} pixels"
+        )
+    scale = max(1, round(_SMALLEST_SIDE / max(width, height)))
+    levels = levels.repeat(scale, axis=0).repeat(scale, axis=1)
+    # Small things last, so that they lie on top.
+    order = sorted(detections, key=lambda item: -_area(item.box))
+    unit = math.sqrt(height * width) * scale
+    line = max(1, round(unit * 0.004))
+    for item in order:
+        if item.mask is not None:
+            _paint_mask(levels, item.mask.repeat(scale, 0).repeat(scale, 1), _color(item), line)
+    picture = Image.fromarray(levels.round().clip(0, 255).astype("uint8"))
+    canvas = ImageDraw.Draw(picture)
+    for item in order:
+        box = [place * scale for place in item.box]
+        _frame(canvas, box, _color(item), line, picture.size)
+    font = ImageFont.load_default(max(11, round(unit * _TEXT_SHARE)))
+    taken = []
+    for item in reversed(order):
+        text = " ".join(filter(None, [item.label, _percent(item.score)]))
+        if text:
+            box = [place * scale for place in item.box]
+            taken.append(_label(canvas, box, text, _color(item), font, line, picture.size, taken))
+    return picture
+
+
+def _area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _percent(score):
+    return "" if score is None else f"{score:.0%}"
+
+
+def _color(item):
+    """RGB of a label: hues far from each other for different texts."""
+    number = sum((i + 1) * ord(letter) for i, letter in enumerate(item.label))
+    hue = number * 0.618034 % 1
+    return tuple(round(255 * level) for level in colorsys.hsv_to_rgb(hue, 0.85, 0.95))
+
+
+def _paint_mask(levels, mask, color, line):
+    """Tints the inside, in place, and draws the outline."""
+    levels[mask] += _MASK_OPACITY * (np.array(color, "float32") - levels[mask])
+    levels[_edge(mask, line)] = color
+    levels[_edge(mask, 2 * line) & ~_edge(mask, line) & mask] = 255
+
+
+def _edge(mask, width):
+    """The pixels of a mask that are nearer than `width` to its outside."""
+    padded = np.pad(mask, width)
+    inside = mask.copy()
+    for shift in range(-width, width + 1):
+        rows = slice(width + shift, width + shift + mask.shape[0])
+        columns = slice(width + shift, width + shift + mask.shape[1])
+        inside &= padded[rows, width:-width] & padded[width:-width, columns]
+    return mask & ~inside
+
+
+def _frame(canvas, box, color, line, size):
+    x1, y1 = (max(0, round(place)) for place in box[:2])
+    x2, y2 = (min(side - 1, round(place) - 1) for side, place in zip(size, box[2:]))
+    x2, y2 = max(x1, x2), max(y1, y2)
+    canvas.rectangle((x1, y1, x2, y2), outline="black", width=line + 2)
+    if x2 - x1 > 2 and y2 - y1 > 2:
+        canvas.rectangle((x1 + 1, y1 + 1, x2 - 1, y2 - 1), outline=color, width=line)
+
+
+def _label(canvas, box, text, color, font, line, size, taken):
+    """Writes a label near a box, where no other is if possible. Returns its own box."""
+    pad = 2 * line
+    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+    width, height = right - left + 2 * pad, bottom - top + 2 * pad
+    x1, y1, x2, y2 = box
+    corners = [
+        (x1, y1 - height),  # above, below, inside at the top and at the bottom, beside
+        (x1, y2),
+        (x1, y1),
+        (x1, y2 - height),
+        (x2 - width, y1 - height),
+        (x2 - width, y2),
+        (x2, y1),
+        (x1 - width, y1),
+    ]
+    places = []
+    for x, y in corners:
+        x = min(max(0, x), max(0, size[0] - width))
+        y = min(max(0, y), max(0, size[1] - height))
+        places.append((x, y, x + width, y + height))
+    x, y, *_ = place = min(places, key=lambda place: _covered(place, taken))
+    red, green, blue = color
+    is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140
+    canvas.rectangle(place, fill=color, outline="white" if is_dark else "black")
+    canvas.text((x + pad - left, y + pad - top), text, "white" if is_dark else "black", font=font)
+    return place
+
+
+def _covered(place, taken):
+    """Pixels of a place that others have taken."""
+    return sum(
+        max(0, min(place[2], other[2]) - max(place[0], other[0]))
+        * max(0, min(place[3], other[3]) - max(place[1], other[1]))
+        for other in taken
+    )

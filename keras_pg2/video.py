@@ -1,0 +1,62 @@
+"""Pictures of a video."""
+
+import os
+
+import numpy as np
+
+
+def frames_from_video(path, count=16):
+    """Pictures at equal distances in time, from the first to the last.
+
+    Args:
+        path: path of a video file.
+        count: int, number of pictures.
+
+    Returns:
+        list of `count` PIL images; a picture of a shorter video comes several times.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ImportError: if PyAV is missing.
+        ValueError: if the file is no video that can be read, or `count` is not positive.
+
+    Example:
+        >>> frames = keras_pg2.frames_from_video("cat.mp4", 8)
+        >>> model.generate([frames], "caption en")  # several images for one prompt
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("`frames_from_video` needs `pip install av`.") from error
+    path = os.fspath(path)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"`count` must be a positive integer. Received: count={count!r}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"No such video file: {path!r}")
+    try:
+        # Files lie about their number of frames, so they are counted first.
+        total = sum(1 for _ in _decoded(av, path))
+        wanted = np.linspace(0, total - 1, count).round().astype(int).tolist() if total else []
+        frames = {}
+        for index, frame in enumerate(_decoded(av, path)):
+            if index in wanted:
+                frames[index] = _picture(frame)
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"The file {path!r} is no video that can be read: {error}") from error
+    if not frames:
+        raise ValueError(f"The video {path!r} has no pictures.")
+    return [frames[index] for index in wanted]
+
+
+def _decoded(av, path):
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        yield from container.decode(stream)
+
+
+def _picture(frame):
+    """PIL image, turned as it is to be shown."""
+    picture = frame.to_image()
+    turns = round(frame.rotation / 90) % 4
+    return picture.rotate(90 * turns, expand=True) if turns else picture

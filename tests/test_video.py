@@ -1,0 +1,49 @@
+import av
+import numpy as np
+import pytest
+
+from keras_pg2 import frames_from_video
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Path of 25 pictures, each brighter than the one before."""
+    path = tmp_path_factory.mktemp("video") / "video.mp4"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for level in range(0, 250, 10):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, "uint8"))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("count", "levels"),
+    [(5, [0, 60, 120, 180, 240]), (1, [0]), (2, [0, 240]), (30, None)],
+)
+def test_frames_are_evenly_spaced(video, count, levels):
+    frames = frames_from_video(video, count)
+    assert len(frames) == count
+    assert {frame.size for frame in frames} == {(64, 48)}
+    means = [np.asarray(frame).mean() for frame in frames]
+    if levels is None:
+        levels = 10 * np.linspace(0, 24, count).round()
+    np.testing.assert_allclose(means, levels, atol=4)
+
+
+def test_frames_go_into_the_model(model, video):
+    text = model.generate([frames_from_video(video, 2)], "ocr", max_new_tokens=2)
+    assert len(text) == 1
+
+
+def test_bad_videos(tmp_path, video):
+    with pytest.raises(FileNotFoundError, match=r"none\.mp4"):
+        frames_from_video(tmp_path / "none.mp4")
+    path = tmp_path / "noise.mp4"
+    path.write_bytes(b"no video at all" * 100)
+    with pytest.raises(ValueError, match=r"noise\.mp4"):
+        frames_from_video(path)
+    with pytest.raises(ValueError, match="count=0"):
+        frames_from_video(video, 0)
