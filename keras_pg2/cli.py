@@ -2,13 +2,17 @@
 
 import argparse
 import collections
+import glob
 import json
 import math
 import os
 import sys
 
 _EPILOG = """examples:
-  keras-pg2 generate cat.jpg "caption en" --preset paligemma2-3b-mix-224
+  keras-pg2 caption cat.jpg --preset paligemma2-3b-mix-224
+  keras-pg2 detect photos/ "cat ; dog" --preset paligemma2-3b-mix-448 --draw drawn/
+  keras-pg2 answer "photos/*.jpg" "how many people are there?" --json > answers.jsonl
+  keras-pg2 generate cat.jpg "describe en" --stream
   keras-pg2 info paligemma2-3b
   keras-pg2 convert my_preset/ my_model_hf/ --to hf --dtype bfloat16
 """
@@ -16,20 +20,25 @@ _CHECKPOINT = (
     "official name, hf://org/repo, kaggle://owner/model/framework/variation, or path of a "
     "checkpoint (our own, Hugging Face, keras_hub, big_vision .npz)"
 )
+_TINY = "paligemma2-tiny-digits-112"
+_IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _FORMATS = ("preset", "hf", "keras-hub", "big-vision")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv=None):
-    """Runs the command. Returns the exit code: 0, or 1 after an error that was printed."""
+    """Runs the command. Returns the exit code: 0, or 1 after errors that were printed."""
     options = _parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"keras-pg2: {error}", file=sys.stderr)
+        _report(error)
         return 1
-    return 0
+
+
+def _report(message):
+    print(f"keras-pg2: {message}", file=sys.stderr)
 
 
 def _parser():
@@ -41,15 +50,31 @@ def _parser():
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    generate = commands.add_parser("generate", help="answer a prompt about a picture")
-    generate.add_argument("image", help="path of a picture")
+    generate = _add_task(commands, "generate", "answer a prompt about pictures")
     generate.add_argument("prompt", help='such as "caption en", "detect cat" or "ocr"')
-    generate.add_argument("--preset", required=True, help=_CHECKPOINT)
-    generate.add_argument(
-        "--tokenizer", help="path of a tokenizer.model, for a .npz, which has none"
-    )
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    generate.set_defaults(run=_generate)
+    caption = _add_task(commands, "caption", "say what pictures show")
+    caption.add_argument("--style", default="coco", help='"short", "coco" (default) or "detailed"')
+    answer = _add_task(commands, "answer", "answer a question about pictures")
+    answer.add_argument("question")
+    for task in (caption, answer):
+        task.add_argument("--lang", default="en", help="code of a language; default: en")
+    ocr = _add_task(commands, "ocr", "read the text in pictures")
+    for task in (generate, caption, answer, ocr):
+        task.add_argument(
+            "--stream", action="store_true", help="show the answer while it is made; one picture"
+        )
+    for name, help in (("detect", "find things, with boxes"), ("segment", "and with masks")):
+        task = _add_task(commands, name, help)
+        task.add_argument("things", help='names of what to find, such as "cat ; dog"')
+        task.add_argument(
+            "--draw",
+            metavar="OUT",
+            help="write pictures with boxes and masks: a file for one picture, else a folder",
+        )
+        task.add_argument(
+            "--constrained", action="store_true", help="let the model say well-formed things only"
+        )
+        task.add_argument("--codec", metavar="FILE", help="vae-oid.npz, if not to be downloaded")
 
     info = commands.add_parser("info", help="show what a checkpoint is and needs")
     info.add_argument(
@@ -71,17 +96,150 @@ def _parser():
     return parser
 
 
+def _add_task(commands, name, help):
+    task = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    task.add_argument("images", nargs="+", metavar="image", help="a picture, a folder or a pattern")
+    task.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
+    task.add_argument("--tokenizer", help="path of a tokenizer.model, for a .npz, which has none")
+    task.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer")
+    task.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
+    task.add_argument("--json", action="store_true", help="print a line of JSON for each picture")
+    task.set_defaults(run=_run_task)
+    return task
+
+
 # The package is imported inside: a backend takes seconds, and errors of usage should not.
 
 
-def _generate(options):
-    import keras_pg2
+def _run_task(options):
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be positive. Received: {options.batch_size}")
+    paths = _image_paths(options.images)
+    drawn_paths = _drawn_paths(paths, getattr(options, "draw", None))
+    if getattr(options, "stream", False) and (len(paths) > 1 or options.json):
+        raise ValueError("--stream goes with one picture, and not with --json.")
+    import tqdm
+    from PIL import Image
 
-    model = keras_pg2.PaliGemma2.from_preset(options.preset, tokenizer=options.tokenizer)
-    pieces = model.stream(options.image, options.prompt, max_new_tokens=options.max_new_tokens)
-    for piece in pieces:
+    import keras_pg2
+    from keras_pg2.checkpoints import io
+    from keras_pg2.preprocessing import image_levels
+
+    if options.preset is None:
+        _report(f"the preset is {_TINY}, which knows digits and shapes alone; see --preset")
+    model = keras_pg2.PaliGemma2.from_preset(options.preset or _TINY, tokenizer=options.tokenizer)
+    if getattr(options, "codec", None):
+        model.use_codec(options.codec)
+    num_failures = 0
+    # Not on a terminal there is no bar.
+    with tqdm.tqdm(total=len(paths), unit="image", disable=len(paths) == 1 or None) as bar:
+        for start in range(0, len(paths), options.batch_size):
+            images = {}
+            for path in paths[start : start + options.batch_size]:
+                try:
+                    images[path] = Image.fromarray(image_levels(path).round().astype("uint8"))
+                except (ValueError, OSError) as error:
+                    if len(paths) == 1:
+                        raise
+                    num_failures += 1
+                    tqdm.tqdm.write(f"keras-pg2: {error}", file=sys.stderr)
+            answers = _answers(model, options, list(images.values())) if images else []
+            for (path, image), answer in zip(images.items(), answers):
+                line = _line(path, answer, options.json, len(paths) > 1)
+                if line is not None:
+                    tqdm.tqdm.write(line, file=sys.stdout)
+                if drawn_paths:
+                    os.makedirs(os.path.dirname(os.path.abspath(drawn_paths[path])), exist_ok=True)
+                    with io.replace_when_done(drawn_paths[path]) as new, open(new, "wb") as file:
+                        keras_pg2.draw(image, answer).save(file, "PNG")
+            bar.update(len(paths[start : start + options.batch_size]))
+    if num_failures:
+        _report(f"{num_failures} of {len(paths)} pictures could not be read")
+    return int(num_failures > 0)
+
+
+def _image_paths(names):
+    """Paths of pictures from files, folders and patterns."""
+    paths = []
+    for name in names:
+        if os.path.isdir(name):
+            found = sorted(
+                os.path.join(name, entry)
+                for entry in os.listdir(name)
+                if entry.lower().endswith(_IMAGE_ENDINGS)
+            )
+            if not found:
+                raise FileNotFoundError(f"The folder {name!r} has no pictures.")
+        elif os.path.exists(name) or not glob.has_magic(name):
+            found = [name]
+        else:
+            found = sorted(glob.glob(name, recursive=True))
+            if not found:
+                raise FileNotFoundError(f"No file is like {name!r}.")
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def _drawn_paths(paths, out):
+    """dict of path to the path of its drawn picture; empty without `out`."""
+    if out is None:
+        return {}
+    drawn = {paths[0]: out}
+    if len(paths) > 1:
+        names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+        drawn = {path: os.path.join(out, f"{name}.png") for path, name in zip(paths, names)}
+    if len(set(drawn.values())) < len(paths):
+        raise ValueError("--draw needs pictures with different names, since it writes one folder.")
+    for path in drawn.values():
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path!r} exists already. Choose another path for --draw.")
+    return drawn
+
+
+def _answers(model, options, images):
+    """list of str or Detections."""
+    task = options.command
+    settings = {"batch_size": options.batch_size}
+    if options.max_new_tokens is not None:
+        settings["max_new_tokens"] = options.max_new_tokens
+    if task in ("detect", "segment"):
+        find = getattr(model, task)
+        return find(images, options.things, constrained=options.constrained, **settings)
+    from keras_pg2 import tasks
+
+    if task == "caption":
+        prompt = tasks.caption_prompt(options.lang, options.style)
+    elif task == "answer":
+        prompt = tasks.answer_prompt(options.question, options.lang)
+    else:
+        prompt = "ocr" if task == "ocr" else options.prompt
+    if not options.stream:
+        return model.generate(images, prompt, **settings)
+    del settings["batch_size"]
+    for piece in model.stream(images[0], prompt, **settings):
         print(piece, end="", flush=True)
     print()
+    return [None]
+
+
+def _line(path, answer, is_json, has_path):
+    """What is printed for a picture."""
+    if answer is None:
+        return None
+    is_text = isinstance(answer, str)
+    if is_json:
+        values = {"text": answer} if is_text else answer.to_dict()
+        return json.dumps({"image": path, **values}, ensure_ascii=False)
+    if is_text:
+        return f"{path}\t{answer}" if has_path else answer
+    lines = []
+    for found in answer:
+        box = " ".join(f"{place:.1f}" for place in found.box)
+        lines.append(f"{found.label}\t{found.score:.2f}\t{box}")
+        if found.mask is not None:
+            lines[-1] += f"\t{found.mask.sum()} pixels"
+    lines = lines or ["nothing found"]
+    return "\n".join(f"{path}\t{line}" if has_path else line for line in lines)
 
 
 def _info(options):
@@ -154,10 +312,7 @@ def _convert(options):
             Tokenizer.from_file(tokenizer), size, **checkpoint.preprocessing
         )
     elif options.to != "big-vision":
-        print(
-            "keras-pg2: the source has no tokenizer; pass --tokenizer to write one too",
-            file=sys.stderr,
-        )
+        _report("the source has no tokenizer; pass --tokenizer to write one too")
     codec = None
     if checkpoint.codec is not None:
         with open(checkpoint.codec, "rb") as file:

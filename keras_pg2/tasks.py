@@ -122,7 +122,8 @@ class Detection:
 
     def to_dict(self):
         """A dict for JSON. A mask is in COCO's run-length encoding, column by column."""
-        result = {"label": self.label, "box": list(self.box), "score": self.score}
+        box = [round(place, 2) for place in self.box]
+        result = {"label": self.label, "box": box, "score": self.score}
         if self.mask is not None:
             result["mask"] = _run_lengths(self.mask)
         return {**result, "text": self.text}

@@ -24,6 +24,89 @@ def test_generate(data, picture, capsys):
     assert first.startswith(capsys.readouterr().out.rstrip("\n"))
 
 
+@pytest.fixture
+def folder(tmp_path, image):
+    """Three pictures, the second of which is damaged, and another file."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "abc":
+        Image.fromarray(image).save(folder / f"{name}.png")
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:2000])
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def run(capsys, data, *command, code=0):
+    preset = str(data / "hf_tiny_paligemma2")
+    assert cli.main([*command, "--preset", preset, "--max-new-tokens", "4"]) == code
+    return capsys.readouterr()
+
+
+def test_tasks_ask_in_the_words_of_the_training(data, picture, capsys):
+    for command, prompt in [
+        (("caption", picture, "--lang", "de", "--style", "short"), "cap de"),
+        (("answer", picture, "what?", "--lang", "fr"), "answer fr what?"),
+        (("ocr", picture), "ocr"),
+    ]:
+        expected = run(capsys, data, "generate", picture, prompt).out
+        assert run(capsys, data, *command).out == expected
+        assert run(capsys, data, *command, "--stream").out == expected
+        line = json.loads(run(capsys, data, *command, "--json").out)
+        assert line == {"image": picture, "text": expected.removesuffix("\n")}
+
+
+@pytest.mark.parametrize("pattern", ["", "*.png"])
+def test_folders_and_patterns(data, folder, capsys, pattern):
+    name = str(folder / pattern) if pattern else str(folder)
+    captured = run(capsys, data, "ocr", name, "--json", "--batch-size", "1", code=1)
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["image"] for line in lines] == [str(folder / "a.png"), str(folder / "c.png")]
+    assert lines[0]["text"] == lines[1]["text"]
+    assert "b.png" in captured.err
+    assert "1 of 3 pictures could not be read" in captured.err
+    text = run(capsys, data, "ocr", name, code=1).out
+    assert text.startswith(f"{folder / 'a.png'}\t")
+
+
+def test_detect(data, folder, capsys, tmp_path):
+    command = ["detect", str(folder), "cat ; dog", "--constrained", "--max-new-tokens", "9"]
+    captured = run(capsys, data, *command, "--json", "--draw", str(tmp_path / "drawn"), code=1)
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    for line in lines:
+        assert (line["width"], line["height"]) == (60, 50)
+        for found in line["detections"]:
+            assert found["label"] in "cat dog"
+            assert len(found["box"]) == 4
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.png", "c.png"]
+    assert Image.open(tmp_path / "drawn" / "a.png").size == (480, 400)
+    run(capsys, data, *command, "--draw", str(tmp_path / "drawn"), code=1)  # exists
+    one = str(folder / "a.png")
+    out = tmp_path / "new" / "one.png"
+    captured = run(capsys, data, "detect", one, "cat", "--constrained", "--draw", str(out))
+    assert out.exists()
+    assert captured.out.startswith(("cat\t", "nothing found", "\t", "c"))
+
+
+def test_bad_pictures_and_patterns(data, folder, capsys, tmp_path):
+    for image, message in [
+        (folder / "b.png", "b.png"),
+        (tmp_path / "*.jpg", "No file is like"),
+        (tmp_path / "pictures" / "none.png", "No such image file"),
+    ]:
+        captured = run(capsys, data, "ocr", str(image), code=1)
+        assert message in captured.err
+        assert captured.out == ""
+    (tmp_path / "empty").mkdir()
+    assert "has no pictures" in run(capsys, data, "ocr", str(tmp_path / "empty"), code=1).err
+    assert "--stream" in run(capsys, data, "ocr", str(folder), "--stream", code=1).err
+    same = tmp_path / "same"
+    same.mkdir()
+    Image.new("RGB", (9, 9)).save(same / "a.png")
+    two = [str(same / "a.png"), str(folder / "a.png")]
+    captured = run(capsys, data, "detect", *two, "cat", "--draw", str(tmp_path / "d"), code=1)
+    assert "different names" in captured.err
+
+
 def test_errors_are_one_line(data, picture, capsys):
     assert (
         cli.main(["generate", "nowhere.jpg", "ocr", "--preset", str(data / "hf_tiny_paligemma2")])
