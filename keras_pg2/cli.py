@@ -76,6 +76,12 @@ def _parser():
         )
         task.add_argument("--codec", metavar="FILE", help="vae-oid.npz, if not to be downloaded")
 
+    demo = commands.add_parser("demo", help="serve a web page to try a model on")
+    demo.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
+    demo.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    demo.add_argument("--port", type=int, default=7860, help="default: 7860")
+    demo.set_defaults(run=_demo)
+
     info = commands.add_parser("info", help="show what a checkpoint is and needs")
     info.add_argument(
         "checkpoint",
@@ -156,6 +162,19 @@ def _run_task(options):
     if num_failures:
         _report(f"{num_failures} of {len(paths)} pictures could not be read")
     return int(num_failures > 0)
+
+
+def _demo(options):
+    try:
+        from keras_pg2 import demo
+    except ImportError as error:
+        raise ImportError('`keras-pg2 demo` needs `pip install "keras-pg2[demo]"`.') from error
+    import keras_pg2
+
+    preset = options.preset or _TINY
+    model = keras_pg2.PaliGemma2.from_preset(preset)
+    _report(f"{preset} is served at http://{options.host}:{options.port}; Ctrl+C ends it")
+    demo.launch(model, preset, options.host, options.port)
 
 
 def _image_paths(names):

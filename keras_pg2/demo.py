@@ -1,0 +1,133 @@
+"""A web page to try a model on: `keras-pg2 demo`."""
+
+import gradio
+from PIL import Image
+
+from keras_pg2 import tasks
+from keras_pg2.drawing import draw
+from keras_pg2.tiny import SAMPLES
+
+MAX_FILE_SIZE = "10mb"
+_MAX_TEXT = 400  # characters of a question
+
+# What the field of text is for, by task; "" if the task needs none.
+_TEXT_LABELS = {
+    "caption": "",
+    "answer": "Question",
+    "ocr": "",
+    "detect": "What to find, such as: star ; heart",
+    "segment": "What to find, such as: star ; heart",
+    "free prompt": "Prompt, in the words of the training",
+}
+_FIRST_TEXTS = {
+    "answer": "how many objects are there?",
+    "detect": "digit",
+    "segment": "heart",
+    "free prompt": "caption en",
+}
+
+
+def build(model, title="PaliGemma 2"):
+    """The page.
+
+    Args:
+        model: PaliGemma2.
+        title: str.
+
+    Returns:
+        gradio.Blocks. `launch` serves it.
+    """
+
+    def run(image, task, text, lang):
+        """Pieces of text, and the picture with what was found: tuples as Gradio wants them."""
+        if image is None:
+            raise gradio.Error("Upload a picture, or choose a sample.")
+        text = text or ""  # nothing was typed yet
+        if len(text) > _MAX_TEXT:
+            raise gradio.Error(f"At most {_MAX_TEXT} characters, please.")
+        image = image.convert("RGB")
+        try:
+            if task in ("detect", "segment"):
+                found = getattr(model, task)(image, text)
+                rows = [
+                    [item.label, f"{item.score:.0%}", " ".join(f"{x:.0f}" for x in item.box)]
+                    for item in found
+                ]
+                yield found.text or "nothing found", draw(image, found), rows
+                return
+            answer = ""
+            for piece in model.stream(image, _prompt(task, text, lang)):
+                answer += piece
+                yield answer, image, []
+            if not answer:
+                yield "(the answer is empty)", image, []
+        except (ValueError, OSError) as error:
+            raise gradio.Error(str(error)) from error
+
+    def show_fields(task):
+        label = _TEXT_LABELS[task]
+        return (
+            gradio.update(visible=bool(label), label=label, value=_FIRST_TEXTS.get(task, "")),
+            gradio.update(visible=task in ("caption", "answer")),
+        )
+
+    def load_sample(name):
+        # The page sends a name, never a path.
+        return Image.open(SAMPLES[name]).convert("RGB") if name in SAMPLES else None
+
+    with gradio.Blocks(title=title, analytics_enabled=False) as page:
+        gradio.Markdown(f"# {title}")
+        with gradio.Row():
+            with gradio.Column():
+                image = gradio.Image(type="pil", sources=["upload", "clipboard"], label="Picture")
+                sample = gradio.Radio(list(SAMPLES), label="Samples")
+                task = gradio.Radio(list(_TEXT_LABELS), value="caption", label="Task")
+                text = gradio.Textbox(visible=False, max_length=_MAX_TEXT)
+                lang = gradio.Dropdown(["en", "de", "fr", "vi"], value="en", label="Language")
+                button = gradio.Button("Run", variant="primary")
+            with gradio.Column():
+                answer = gradio.Textbox(label="Answer", lines=3)
+                drawn = gradio.Image(label="Found", interactive=False)
+                table = gradio.Dataframe(
+                    headers=["label", "score", "x1 y1 x2 y2"], label="Objects", interactive=False
+                )
+        sample.change(load_sample, sample, image)
+        task.change(show_fields, task, [text, lang])
+        inputs, outputs = [image, task, text, lang], [answer, drawn, table]
+        button.click(run, inputs, outputs, concurrency_limit=1)
+        text.submit(run, inputs, outputs, concurrency_limit=1)
+    return page
+
+
+def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860, block=True):
+    """Serves the page until it is interrupted.
+
+    Args:
+        model: PaliGemma2.
+        title: str.
+        host: str, address to listen on. The default is this machine alone.
+        port: int, 0 for any that is free.
+        block: bool, whether to wait.
+
+    Returns:
+        gradio.Blocks, with `local_url` and `close`.
+    """
+    page = build(model, title)
+    page.queue(max_size=16).launch(
+        server_name=host,
+        server_port=port or None,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        max_file_size=MAX_FILE_SIZE,
+        prevent_thread_lock=not block,
+    )
+    return page
+
+
+def _prompt(task, text, lang):
+    if task == "caption":
+        return tasks.caption_prompt(lang)
+    if task == "answer":
+        return tasks.answer_prompt(text, lang)
+    return "ocr" if task == "ocr" else text

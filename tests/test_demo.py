@@ -1,0 +1,122 @@
+"""The web page, in a real browser."""
+
+import json
+import shutil
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from PIL import Image
+
+import keras_pg2
+from keras_pg2.checkpoints.presets import TINY
+from keras_pg2.tiny import SAMPLES
+
+demo = pytest.importorskip("keras_pg2.demo", reason="gradio is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.slow
+
+# A page on this machine needs none of what a browser asks of the network.
+_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return keras_pg2.PaliGemma2.from_preset(TINY, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    page = demo.launch(model, TINY, port=0, block=False)
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def page(server):
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("there is no Chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=_FLAGS)
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        page.goto(server.local_url)
+        page.get_by_role("button", name="Run").wait_for()
+        yield page
+        browser.close()
+
+
+def run(page, expected):
+    """Presses the button and waits for the answer."""
+    page.get_by_role("button", name="Run").click()
+    box = page.get_by_label("Answer", exact=True)
+    for _ in range(600):
+        if box.input_value() == expected:
+            return
+        time.sleep(0.1)
+    assert box.input_value() == expected
+
+
+def wait_for_picture(page):
+    page.locator("img").first.wait_for()
+
+
+def test_tasks(page, model, tmp_path):
+    page.get_by_label("shapes", exact=True).check()
+    wait_for_picture(page)
+    run(page, model.caption(SAMPLES["shapes"]))
+    page.get_by_label("answer", exact=True).check()
+    page.get_by_label("Question").fill("how many objects are there?")
+    run(page, model.answer(SAMPLES["shapes"], "how many objects are there?"))
+    page.get_by_label("segment", exact=True).check()
+    page.get_by_label("What to find").fill("heart")
+    found = model.segment(SAMPLES["shapes"], "heart")
+    run(page, found.text)
+    page.get_by_text(f"{found[0].score:.0%}").first.wait_for(state="attached")  # in the table
+    assert page.locator("img").count() == 2  # the picture, and what was found
+    page.screenshot(path=tmp_path / "page.png")
+
+
+def test_upload(page, model, tmp_path):
+    path = tmp_path / "mine.png"
+    Image.open(SAMPLES["star"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    page.locator("input[accept='image/*']").set_input_files(path)
+    wait_for_picture(page)
+    page.get_by_label("detect", exact=True).check()
+    page.get_by_label("What to find").fill("star")
+    run(page, model.detect(str(path), "star").text)
+
+
+def test_errors_are_shown(page):
+    page.get_by_role("button", name="Run").click()
+    page.get_by_text("choose a sample").wait_for()
+    page.get_by_label("shapes", exact=True).check()
+    wait_for_picture(page)
+    page.get_by_label("detect", exact=True).check()
+    page.get_by_label("What to find").fill(" ")
+    page.get_by_role("button", name="Run").click()
+    page.get_by_text("`things`").wait_for()
+
+
+def test_paths_of_a_client_are_not_opened(server, tmp_path):
+    """A client that says where a picture lies on the server's disk does not get it read."""
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    call = f"{server.local_url}gradio_api/call/run"
+    body = json.dumps({"data": [file, "caption", "", "en"]}).encode()
+    request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        event = json.load(response)["event_id"]
+    with urllib.request.urlopen(f"{call}/{event}") as response:
+        assert b"event: error" in response.read()
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{server.local_url}gradio_api/file={secret}")
+    assert caught.value.code in (403, 404)
+
+
+def test_only_this_machine_is_served(server):
+    assert server.local_url.startswith("http://127.0.0.1:")
+    assert server.share_url is None
+    assert server.max_file_size == 10 * 2**20
