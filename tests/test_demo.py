@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 # A page on this machine needs none of what a browser asks of the network.
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+_PICTURES = "img[src*='/file=']"  # and not the icons of the page
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def run(page, expected):
 
 
 def wait_for_picture(page):
-    page.locator("img").first.wait_for()
+    page.locator(_PICTURES).first.wait_for()
 
 
 def test_tasks(page, model, tmp_path):
@@ -74,7 +75,7 @@ def test_tasks(page, model, tmp_path):
     found = model.segment(SAMPLES["shapes"], "heart")
     run(page, found.text)
     page.get_by_text(f"{found[0].score:.0%}").first.wait_for(state="attached")  # in the table
-    assert page.locator("img").count() == 2  # the picture, and what was found
+    assert page.locator(_PICTURES).count() == 2  # the picture, and what was found
     page.screenshot(path=tmp_path / "page.png")
 
 
