@@ -29,7 +29,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main(argv=None):
     """Runs the command. Returns the exit code: 0, or 1 after errors that were printed."""
     options = _parser().parse_args(argv)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if hasattr(sys.stdout, "reconfigure"):  # no letter ends a run, whatever the terminal knows
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.run(options) or 0
     except (ValueError, OSError, ImportError) as error:
@@ -69,7 +70,7 @@ def _parser():
         task.add_argument(
             "--draw",
             metavar="OUT",
-            help="write pictures with boxes and masks: a file for one picture, else a folder",
+            help="write pictures with boxes and masks: a .png file for one picture, else a folder",
         )
         task.add_argument(
             "--constrained", action="store_true", help="let the model say well-formed things only"
@@ -114,14 +115,11 @@ def _add_task(commands, name, help):
     return task
 
 
-# The package is imported inside: a backend takes seconds, and errors of usage should not.
-
-
 def _run_task(options):
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be positive. Received: {options.batch_size}")
     paths = _image_paths(options.images)
-    drawn_paths = _drawn_paths(paths, getattr(options, "draw", None))
+    drawn_paths = _drawn_paths(options.images, paths, getattr(options, "draw", None))
     if getattr(options, "stream", False) and (len(paths) > 1 or options.json):
         raise ValueError("--stream goes with one picture, and not with --json.")
     import tqdm
@@ -167,7 +165,9 @@ def _run_task(options):
 def _demo(options):
     try:
         from keras_pg2 import demo
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
         raise ImportError('`keras-pg2 demo` needs `pip install "keras-pg2[demo]"`.') from error
     import keras_pg2
 
@@ -199,17 +199,19 @@ def _image_paths(names):
     return list(dict.fromkeys(paths))
 
 
-def _drawn_paths(paths, out):
+def _drawn_paths(names, paths, out):
     """dict of path to the path of its drawn picture; empty without `out`."""
     if out is None:
         return {}
     drawn = {paths[0]: out}
-    if len(paths) > 1:
+    if paths != names or len(paths) > 1 or os.path.isdir(out) or out.endswith(os.sep):
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
         drawn = {path: os.path.join(out, f"{name}.png") for path, name in zip(paths, names)}
     if len(set(drawn.values())) < len(paths):
         raise ValueError("--draw needs pictures with different names, since it writes one folder.")
     for path in drawn.values():
+        if not path.lower().endswith(".png"):
+            raise ValueError(f"--draw writes PNG files. Received: {path!r}")
         if os.path.lexists(path):
             raise FileExistsError(f"{path!r} exists already. Choose another path for --draw.")
     return drawn
@@ -248,7 +250,7 @@ def _line(path, answer, is_json, has_path):
     is_text = isinstance(answer, str)
     if is_json:
         values = {"text": answer} if is_text else answer.to_dict()
-        return json.dumps({"image": path, **values}, ensure_ascii=False)
+        return json.dumps({"image": path, **values})
     if is_text:
         return f"{path}\t{answer}" if has_path else answer
     lines = []

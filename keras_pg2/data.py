@@ -9,6 +9,7 @@ import collections
 import collections.abc
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from PIL import Image
 
 from keras_pg2.checkpoints import io
 from keras_pg2.preprocessing import image_levels
-from keras_pg2.segmentation import location_tokens
+from keras_pg2.segmentation import SegmentationCodec, encode_segmentation, location_tokens
 
 _logger = logging.getLogger(__name__)
 _LARGE_FILE, _MANY_ROWS = 10**8, 10**5  # bytes and rows from which progress is shown
@@ -315,10 +316,9 @@ def coco_segmentation(
     Args:
         annotations: path of the JSON file, with `images`, `annotations` and `categories`.
         image_folder: path of the folder of the pictures, or None for the file's.
-        codec: callable, makes the suffix of the objects of one picture from `masks` (bool array
-            (count, height, width)), `labels` (list of str) and `boxes` (float array (count, 4),
-            x1 y1 x2 y2 in pixels), such as
-            `functools.partial(keras_pg2.segmentation.encode_segmentation, codec)`.
+        codec: SegmentationCodec, such as `model.get_codec()`. Or a callable that makes the suffix
+            of the objects of one picture from `masks` (bool array (count, height, width)),
+            `labels` (list of str) and `boxes` (float array (count, 4), x1 y1 x2 y2 in pixels).
         prompt: "categories" or "category", see `coco_detection`.
         keep_crowds: bool, whether objects marked `iscrowd` count.
         check_images: bool, whether pictures must exist.
@@ -342,6 +342,8 @@ def coco_segmentation(
         for names, objects in _prompted(scene, prompt, seed=0):
             rows.append((scene.path, f"segment {names}", None))
             objects_of_rows.append((scene.height, scene.width, objects))
+    if isinstance(codec, SegmentationCodec):
+        codec = functools.partial(encode_segmentation, codec)
     suffixes = _Segmentations(codec, objects_of_rows)
     return _examples(rows, checks, shard, annotations, suffixes)
 

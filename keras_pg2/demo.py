@@ -8,6 +8,7 @@ from keras_pg2.drawing import draw
 from keras_pg2.tiny import SAMPLES
 
 MAX_FILE_SIZE = "10mb"
+_MAX_PIXELS = 16 * 10**6
 _MAX_TEXT = 400  # characters of a question
 
 # What the field of text is for, by task; "" if the task needs none.
@@ -45,6 +46,8 @@ def build(model, title="PaliGemma 2"):
         text = text or ""  # nothing was typed yet
         if len(text) > _MAX_TEXT:
             raise gradio.Error(f"At most {_MAX_TEXT} characters, please.")
+        if image.width * image.height > _MAX_PIXELS:
+            raise gradio.Error(f"At most {_MAX_PIXELS // 10**6} million pixels, please.")
         image = image.convert("RGB")
         try:
             if task in ("detect", "segment"):

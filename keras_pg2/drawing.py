@@ -16,7 +16,7 @@ _SMALLEST_SIDE = 480  # of the result, pixels: labels need room
 def draw(image, detections):
     """A copy of a picture with objects drawn on it.
 
-    Each label has a colour of its own, the same in every picture. Boxes and masks have a light and
+    The colour of a label is the same in every picture. Boxes and masks have a light and
     a dark outline, so that they can be seen on every ground. Labels avoid each other where there
     is room. A small picture is enlarged by a whole factor first.
 
@@ -81,9 +81,15 @@ def _color(item):
 
 def _paint_mask(levels, mask, color, line):
     """Tints the inside, in place, and draws the outline."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return
+    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    levels, mask = levels[part], mask[part]  # a view: what is painted stays
     levels[mask] += _MASK_OPACITY * (np.array(color, "float32") - levels[mask])
-    levels[_edge(mask, line)] = color
-    levels[_edge(mask, 2 * line) & ~_edge(mask, line) & mask] = 255
+    edge = _edge(mask, line)
+    levels[_edge(mask, 2 * line) & ~edge] = 255
+    levels[edge] = color
 
 
 def _edge(mask, width):

@@ -144,6 +144,8 @@ class Grammar:
         """Allows a sequence of tokens. Returns the state after it."""
         for id in token_ids:
             token_class = int(self._classes[id]) or self.add_class([id])
+            if (self._classes == token_class).sum() > 1:
+                raise ValueError(f"Token {id} is interchangeable with others: it is in a class.")
             if token_class not in self._next[state]:
                 self.allow(state, token_class, self.add_state())
             state = self._next[state][token_class]
@@ -470,16 +472,27 @@ def _choose_beams(sampler, state, log_probs):
         array = _backend.write(array, values[:, None], count)
         return ops.reshape(array, (batch_size, beams, -1))
 
-    for name in {"place", "recent"} & set(state):
-        state = state | {name: ops.take(state[name], rows, axis=0)}
+    extended = {
+        "tokens": extend(state["tokens"], token),
+        "log_probs": extend(state["log_probs"], pick(top_log_probs)),
+    }
+    best = {
+        "tokens": ops.where(better[:, None], tokens, state["best_tokens"]),
+        "log_probs": ops.where(better[:, None], history, state["best_log_probs"]),
+    }
+    if "grammar" in state:
+        for name in ("place", "recent"):
+            state = state | {name: ops.take(state[name], rows, axis=0)}
+        # While the grammar allowed no end, the best beam stands in.
+        is_open = (best_score < _NEVER / 2)[:, None]
+        best = {name: ops.where(is_open, extended[name][:, 0], best[name]) for name in best}
     return _follow_grammar(state, token) | {
         "cache": tree.map_structure(lambda array: ops.take(array, rows, axis=0), state["cache"]),
         "token": token,
-        "tokens": extend(state["tokens"], token),
-        "log_probs": extend(state["log_probs"], pick(top_log_probs)),
+        **extended,
         "scores": scores,
-        "best_tokens": ops.where(better[:, None], tokens, state["best_tokens"]),
-        "best_log_probs": ops.where(better[:, None], history, state["best_log_probs"]),
+        "best_tokens": best["tokens"],
+        "best_log_probs": best["log_probs"],
         "best_score": best_score,
         "count": count + 1,
         # Scores only fall, so an unfinished answer below the best finished one cannot win.
@@ -546,9 +559,11 @@ def score_suffixes(model, inputs, suffixes, batch_size):
     Returns:
         float32 NumPy array, (number of suffixes,).
     """
-    length = max(map(len, suffixes))
+    length = max(2, *map(len, suffixes))
     if _backend.IS_COMPILED:
-        length = math.ceil(length / _SUFFIX_MULTIPLE) * _SUFFIX_MULTIPLE
+        num_known = model.num_image_tokens(inputs) + inputs["token_ids"].shape[1]
+        rounded = math.ceil(length / _SUFFIX_MULTIPLE) * _SUFFIX_MULTIPLE
+        length = max(length, min(rounded, model.config.text.max_positions - num_known))
     inputs, cache_length, _ = _pad_to_buckets(model, inputs, length)
     start = model.num_image_tokens(inputs) + inputs["token_ids"].shape[1]
     count = len(suffixes)

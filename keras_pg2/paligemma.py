@@ -104,7 +104,7 @@ class PaliGemma2(keras.Model):
         self.preprocessor = preprocessor
         self.programs = _backend.Programs()
         self.label_smoothing = 0.0
-        self._codec = None  # or a path, or a SegmentationCodec
+        self._own_codec = _Holder()
         self.vision = SiglipTower(config.vision, name="vision", dtype=self.dtype_policy)
         self.projector = Linear(config.text.width, name="projector", dtype=self.dtype_policy)
         self.text = GemmaDecoder(config.text, name="text", dtype=self.dtype_policy)
@@ -158,7 +158,8 @@ class PaliGemma2(keras.Model):
         with _backend.variables_without_values():
             model = cls(config, preprocessor, dtype=policy)
         model._assign(weights, reading)
-        model._codec = checkpoint.codec
+        if checkpoint.codec is not None:
+            model.use_codec(checkpoint.codec)
         return model
 
     def assign_weights(self, weights):
@@ -218,7 +219,7 @@ class PaliGemma2(keras.Model):
     def save_to_preset(self, folder, *, overwrite=False):
         """Writes weights, config, tokenizer and preprocessing to a folder for `from_preset`.
 
-        A `codec` that is not the official one is written too. The folder is complete or not there
+        A codec set by `use_codec` is written too. The folder is complete or not there
         at all: files are written under a temporary name first.
 
         Args:
@@ -288,16 +289,14 @@ class PaliGemma2(keras.Model):
             *(path, format, self.config, self.weights_by_path(), self.preprocessor),
             dtype=dtype,
             overwrite=overwrite,
-            codec=self._codec_content(),
+            codec=self._codec_content() if format == "preset" else None,
             verbose=self.count_params() > 10**8,
         )
 
     def _codec_content(self):
         """The bytes of the codec's file, or None for the official one."""
-        if isinstance(self._codec, str):
-            with open(self._codec, "rb") as file:
-                return file.read()
-        return self._codec and self._codec.to_bytes()
+        codec = self._own_codec.value
+        return codec and codec.to_bytes()
 
     def variables_by_path(self):
         """dict of path without the model's name, as "text/block_3/mlp/up/kernel", to variable."""
@@ -606,7 +605,7 @@ class PaliGemma2(keras.Model):
             return generation.generate_batch(self, inputs, *options, seeds, grammar, starts)
         *columns, is_single = examples
         self._require_preprocessor()
-        columns[0] = self._encode_once(columns[0], batch_size)
+        columns[0] = self._encode_once(columns[0])
         count = len(columns[0])
         rows = list(range(count))
         if count > batch_size:  # a smaller last batch would be compiled anew
@@ -626,14 +625,13 @@ class PaliGemma2(keras.Model):
         results = results[:count] if details else [result.text for result in results[:count]]
         return results[0] if is_single else results
 
-    def _encode_once(self, images, batch_size):
-        """The pictures of the examples, encoded if one picture has several prompts."""
-        pictures = {id(image): image for row in images for image in row}
-        is_encoded = any(isinstance(image, EncodedImage) for image in pictures.values())
-        if len(pictures) < len(images) and not is_encoded:  # a picture of several prompts
-            pictures = dict(zip(pictures, self.encode(list(pictures.values()), batch_size)))
-            images = [[pictures[id(image)] for image in row] for row in images]
-        return images
+    def _encode_once(self, images):
+        """The pictures of the examples, encoded if all are one."""
+        first = images[0]
+        is_one = len(first) == 1 and all(row[0] is first[0] and len(row) == 1 for row in images)
+        if len(images) == 1 or not is_one or isinstance(first[0], EncodedImage):
+            return images
+        return [[self.encode(first[0])]] * len(images)
 
     def _inputs(self, images, prompts, responses):
         """A batch for `generation`, of pictures that may be encoded already."""
@@ -666,6 +664,7 @@ class PaliGemma2(keras.Model):
         images, *_, is_single = batch_examples(images, "")
         if any(len(row) != 1 for row in images):
             raise ValueError("`images` must be an image or a list of images, not a list of lists.")
+        self._check_options(1, "greedy", (), batch_size)
         images = [image for (image,) in images]
         program = self.programs.get(self, ("encode",), self.encode_images)
         load = self._require_preprocessor().load_images
@@ -690,7 +689,7 @@ class PaliGemma2(keras.Model):
     ):
         """Like `generate`, piece by piece.
 
-        Args: those of `generate`; all examples form one batch.
+        Args: those of `generate` but the last three; all examples form one batch.
 
         Returns:
             iterator over str for one image and one prompt, else over list of str: what was
@@ -829,7 +828,8 @@ class PaliGemma2(keras.Model):
 
         Returns:
             Detections, or list of Detections: sequences of `Detection` with label, box in pixels
-            of the picture as it came, and score.
+            of the picture as it came, and score. An object that `max_new_tokens` cut off is left
+            out, with a warning in the log.
 
         Raises:
             ValueError: if an argument is out of range, or the numbers differ.
@@ -841,7 +841,7 @@ class PaliGemma2(keras.Model):
         return self._detect("detect", images, things, constrained, options)
 
     def segment(self, images, things, *, constrained=False, **options):
-        """Finds things in pictures, with boxes and masks. `codec` makes the masks.
+        """Finds things in pictures, with boxes and masks, which `get_codec()` makes.
 
         Args: those of `detect`.
 
@@ -850,27 +850,30 @@ class PaliGemma2(keras.Model):
             one.
 
         Raises:
-            OSError: if the official codec cannot be downloaded; see `codec`.
+            OSError: if the official codec cannot be downloaded; see `get_codec`.
             ValueError: if an argument is out of range, or the numbers differ.
         """
         return self._detect("segment", images, things, constrained, options)
 
     def _detect(self, task, images, things, constrained, options):
-        is_each = not isinstance(things, str) and not all(isinstance(x, str) for x in things)
+        is_each = isinstance(things, (list, tuple)) and any(
+            isinstance(names, (list, tuple)) for names in things
+        )
         things = [tasks.list_of_things(names) for names in (things if is_each else [things])]
         prompts = [f"{task} {' ; '.join(names)}" for names in things]
         images, prompts, _, is_single = batch_examples(images, prompts if is_each else prompts[0])
         if any(len(row) != 1 for row in images):
             raise ValueError(f"`{task}` looks at one image at a time: pass a list of images.")
         tokenizer = self._require_preprocessor().tokenizer
-        codec = self.codec if task == "segment" else None
+        codec = self.get_codec() if task == "segment" else None
         if constrained:
             options["grammar"] = tasks.detection_grammar(tokenizer, things, task == "segment")
         options = {"max_new_tokens": tasks.MAX_OBJECT_TOKENS, **options, "details": True}
         answers = self.generate(images, prompts, **options)
+        things = things if is_each else things * len(images)
         found = [
-            tasks.read_detections(answer, tokenizer, *image_size(image), codec)
-            for answer, (image,) in zip(answers, images)
+            tasks.read_detections(answer, tokenizer, names, *image_size(image), codec)
+            for answer, names, (image,) in zip(answers, things, images)
         ]
         return found[0] if is_single else found
 
@@ -932,6 +935,8 @@ class PaliGemma2(keras.Model):
             raise ValueError(
                 f"`candidates` must be a list of at least one str. Received: {candidates!r}"
             )
+        if not all(isinstance(candidate, str) for candidate in candidates):
+            raise ValueError(f"`candidates` must be strings. Received: {candidates!r}")
         self._check_options(1, "greedy", (), batch_size)
         images, prompts, _, is_single = batch_examples(images, prompts)
         encode = self._require_preprocessor().tokenizer.encode
@@ -945,19 +950,20 @@ class PaliGemma2(keras.Model):
         )
         return scores[0] if is_single else scores
 
-    @property
-    def codec(self):
-        """SegmentationCodec, which makes masks of segment tokens.
+    # Not a property: when Keras saves a model, it looks at all of those.
+    def get_codec(self):
+        """The SegmentationCodec that makes masks of segment tokens.
 
         It comes with the checkpoint, or is the official one, downloaded at the first use (8 MB);
         `use_codec` sets another.
+
+        Raises:
+            OSError: if the official one cannot be downloaded.
         """
-        if isinstance(self._codec, str):
-            self.use_codec(SegmentationCodec.from_file(self._codec))
-        return self._codec or _official_codec()
+        return self._own_codec.value or _official_codec()
 
     def use_codec(self, codec):
-        """Sets the `codec` that makes masks.
+        """Sets the codec that makes masks.
 
         Args:
             codec: SegmentationCodec, or path of its file, such as "vae-oid.npz".
@@ -970,7 +976,7 @@ class PaliGemma2(keras.Model):
             codec = SegmentationCodec.from_file(codec)
         if not isinstance(codec, SegmentationCodec):
             raise ValueError(f"`codec` must be a SegmentationCodec or a path. Received: {codec!r}")
-        object.__setattr__(self, "_codec", codec)  # Keras would take its weights for the model's
+        self._own_codec.value = codec
 
     # Training
 
@@ -1479,6 +1485,12 @@ class PaliGemma2(keras.Model):
         codec = os.path.join(folder, presets.CODEC_FILE)
         if os.path.exists(codec):
             self.use_codec(codec)
+
+
+class _Holder:
+    """Keeps a model from Keras, which would take its weights for those of the model around it."""
+
+    value = None
 
 
 @functools.cache

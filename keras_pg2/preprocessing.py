@@ -288,7 +288,9 @@ def image_size(image):
         with _opened(image) as opened:
             return image_size(opened)
     if isinstance(image, Image.Image):
-        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        if image.format == "TIFF":  # before its pixels are read, Pillow may have turned its size
+            return ImageOps.exif_transpose(image).size
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size[::-1] if is_turned else image.size
     if _is_array(image):
         return image.shape[1], image.shape[0]

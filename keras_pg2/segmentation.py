@@ -5,8 +5,10 @@ its last pixel. The box of a mask whose last column is 9 has `x2 = 10`, and `x2 
 right edge. COCO's `(x, y, w, h)` is `(x, y, x + w, y + h)`. In strings the order is y1 x1 y2 x2.
 """
 
+import contextlib
 import json
 import os
+import sys
 import zipfile
 import zlib
 
@@ -459,7 +461,9 @@ def _is_positive_int(value):
 
 def _download():
     try:
-        return keras.utils.get_file("vae-oid.npz", OFFICIAL_URL, cache_subdir="keras_pg2")
+        # Keras shows its progress on stdout, where a command writes its results.
+        with contextlib.redirect_stdout(sys.stderr):
+            return keras.utils.get_file("vae-oid.npz", OFFICIAL_URL, cache_subdir="keras_pg2")
     except Exception as error:  # Keras raises the bare class
         raise OSError(
             f"Could not download {OFFICIAL_URL}: {error}. Download it elsewhere and pass its path."

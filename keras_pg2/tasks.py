@@ -7,6 +7,7 @@ it ends behind its last pixel, see `segmentation.py`. In texts the order is y1 x
 import collections.abc
 import dataclasses
 import itertools
+import logging
 import re
 
 import numpy as np
@@ -15,12 +16,13 @@ from keras_pg2.generation import Grammar
 from keras_pg2.segmentation import GRID_SIZE, location_tokens, mask_from_codes
 from keras_pg2.tokenizer import EOS_ID, NUM_LOCATIONS, NUM_SEGMENTS
 
+_logger = logging.getLogger(__name__)
 CAPTION_STYLES = {"short": "cap", "coco": "caption", "detailed": "describe"}
 NUM_CODES = GRID_SIZE**2
 MAX_OBJECT_TOKENS = 256  # about 35 boxes, or 10 masks
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
-_OBJECT = re.compile(r"((?:<loc\d{4}>\s*)+)((?:<seg\d{3}>\s*)*)([^<;]*)")
+_OBJECT = re.compile(r"((?:<loc[0-9]{4}>\s*)+)((?:<seg[0-9]{3}>\s*)*)([^<;]*)")
 _SAME_OBJECT = 0.8  # least IoU of two boxes with one label that show one object
 
 
@@ -47,7 +49,8 @@ def question_prompt(answer, lang="en"):
 def region_prompt(box, width, height):
     """The prefix that asks what is in a box; see `PaliGemma2.describe_region`."""
     box = np.asarray(box, "float64")
-    if box.shape != (4,) or not (box[0] < box[2] and box[1] < box[3]):
+    is_box = box.shape == (4,) and np.isfinite(box).all()
+    if not is_box or not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(
             "A box must be 4 numbers (x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2. "
             f"Received: {box.tolist()}"
@@ -73,8 +76,9 @@ def list_of_things(things):
     """
     if isinstance(things, str):
         things = things.split(";")
-    things = [_checked_text(thing, "things") for thing in things]
-    if not things or any(";" in thing for thing in things):
+    if isinstance(things, (list, tuple)):
+        things = [_checked_text(thing, "things") for thing in things]
+    if not isinstance(things, list) or not things or any(set(";<") & set(x) for x in things):
         raise ValueError(
             "`things` must be names such as 'cat', ['cat', 'dog'] or 'cat ; dog'. "
             f"Received: {things!r}"
@@ -173,7 +177,7 @@ class Detections(collections.abc.Sequence):
 
         Returns:
             list of dict with "image_id", "category_id", "bbox" (x, y, width, height), "score" (1
-            if it is not known) and, of masks, "segmentation" (run lengths).
+            if it is not known) and, of masks, "segmentation" (compressed run lengths).
         """
         annotations = []
         for item in self.items:
@@ -187,15 +191,22 @@ class Detections(collections.abc.Sequence):
                 "score": 1.0 if item.score is None else item.score,
             }
             if item.mask is not None:
-                annotation["segmentation"] = _run_lengths(item.mask)
+                run_lengths = _run_lengths(item.mask)
+                counts = _compressed(run_lengths["counts"])
+                annotation["segmentation"] = {**run_lengths, "counts": counts}
             annotations.append(annotation)
         return annotations
 
-    def to_supervision(self):
+    def to_supervision(self, names=None):
         """The objects as `supervision.Detections`, with labels in `data["class_name"]`.
+
+        Args:
+            names: list of str or None, all labels, whose places are the numbers of the classes.
+                None for those of this picture alone, in alphabetical order.
 
         Raises:
             ImportError: if supervision is missing.
+            ValueError: if `names` lacks a label.
         """
         try:
             import supervision
@@ -204,7 +215,9 @@ class Detections(collections.abc.Sequence):
         if not self.items:
             return supervision.Detections.empty()
         labels = [item.label for item in self.items]
-        names = sorted(set(labels))
+        names = sorted(set(labels)) if names is None else list(names)
+        if missing := set(labels) - set(names):
+            raise ValueError(f"`names` must have all labels. Missing: {sorted(missing)}")
         masks = [item.mask for item in self.items]
         scores = [1.0 if item.score is None else item.score for item in self.items]
         return supervision.Detections(
@@ -221,6 +234,19 @@ def _run_lengths(mask):
     values = np.concatenate([[False], mask.ravel(order="F"), [not mask[-1, -1]]])
     ends = np.flatnonzero(values[1:] != values[:-1])
     return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
+
+
+def _compressed(counts):
+    """COCO's string of run lengths: differences, 5 bits in a letter, lowest first."""
+    letters = []
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        is_last = False
+        while not is_last:
+            bits, value = value & 31, value >> 5
+            is_last = value == (-1 if bits & 16 else 0)
+            letters.append(chr(48 + (bits if is_last else bits | 32)))
+    return "".join(letters)
 
 
 def parse_detections(text, width, height, codec=None):
@@ -240,7 +266,7 @@ def parse_detections(text, width, height, codec=None):
 
     Example:
         >>> parse_detections("<loc0256><loc0000><loc0767><loc1023> cat ; dog", 200, 120).items
-        (Detection(label='cat', box=(0.0, 30.03, 200.0, 89.97), score=None),)
+        (Detection(label='cat', box=(0.0, 30.029…, 200.0, 89.970…), score=None),)
 
     Source: big_vision `evaluators/proj/paligemma/transfers/segmentation.py`.
     """
@@ -248,12 +274,10 @@ def parse_detections(text, width, height, codec=None):
 
 
 def _detections(text, width, height, codec=None, score=None):
-    """`parse_detections`, with `score`: number of a location token in the text -> float."""
+    """`parse_detections`, with `score`: start and end of an object in the text -> float."""
     found, codes = [], []
-    num_locations = 0
     for match in _OBJECT.finditer(text):
-        places = [int(place) for place in re.findall(r"\d{4}", match[1])]
-        first_location, num_locations = num_locations, num_locations + len(places)
+        places = [int(place) for place in re.findall(r"[0-9]{4}", match[1])]
         if len(places) != 4 or max(places) >= NUM_LOCATIONS:
             continue
         y1, x1, y2, x2 = (place / (NUM_LOCATIONS - 1) for place in places)
@@ -262,11 +286,11 @@ def _detections(text, width, height, codec=None, score=None):
         detection = Detection(
             label=match[3].strip(),
             box=(x1 * width, y1 * height, x2 * width, y2 * height),
-            score=None if score is None else score(first_location),
+            score=None if score is None else score(match.start(), match.end()),
             text=match[0].strip(),
         )
         found.append(detection)
-        segments = [int(code) for code in re.findall(r"\d{3}", match[2])]
+        segments = [int(code) for code in re.findall(r"[0-9]{3}", match[2])]
         is_mask = len(segments) == NUM_CODES and max(segments) < NUM_SEGMENTS
         codes.append(segments if is_mask else None)
     kept = _without_repetitions(found)
@@ -280,34 +304,59 @@ def _detections(text, width, height, codec=None, score=None):
     return Detections(tuple(found), width, height, text)
 
 
-def read_detections(generation, tokenizer, width, height, codec=None):
+def read_detections(generation, tokenizer, things, width, height, codec=None):
     """The objects in what `generate(details=True)` returns, with scores.
 
     Args:
-        generation: Generation.
+        generation: Generation. If it ran out of tokens, the last object is cut off, unless its
+            label is one of `things`.
         tokenizer: Tokenizer.
+        things: list of str, the names asked for.
         width, height, codec: see `parse_detections`.
 
     Returns:
         Detections. The score of an object is the geometric mean of the probabilities of its
         tokens: locations, segments and label, without the separator.
     """
-    if generation.log_probs is None:
-        return _detections(generation.text, width, height, codec)
-    token_ids = generation.token_ids
-    location_places = np.flatnonzero(np.isin(token_ids, tokenizer.location_ids))
-    texts = [tokenizer.decode([id]).strip() for id in token_ids]  # "" of a space or `<eos>`
+    score = None
+    if generation.log_probs is not None:
+        score = _span_scores(generation, tokenizer)
+    found = _detections(generation.text, width, height, codec, score)
+    if not found.items or EOS_ID in generation.token_ids:
+        return found
+    last = found.items[-1]
+    is_whole = last.label in things and (codec is None or last.mask is not None)
+    if is_whole or not found.text.rstrip().endswith(last.text):
+        return found
+    _logger.warning("An answer was cut off by `max_new_tokens`: %r", found.text)
+    return dataclasses.replace(found, items=found.items[:-1])
+
+
+def _span_scores(generation, tokenizer):
+    """A function of start and end in the text: the geometric mean of its tokens' probabilities."""
+    # Where the text of each token ends: location and segment tokens divide it into runs.
+    extra = {*tokenizer.location_ids, *tokenizer.segment_ids}
+    ends, length, run = [], 0, []
+    for id in generation.token_ids.tolist():
+        if id in extra:
+            length += len(tokenizer.decode(run)) + len(tokenizer.decode([id]))
+            run = []
+            ends.append(length)
+        else:
+            run.append(id)
+            ends.append(length + len(tokenizer.decode(run)))
+    starts = [0, *ends[:-1]]
     log_probs = np.asarray(generation.log_probs, "float64")
 
-    def score(number):
-        start, end = location_places[number], len(token_ids)
-        if number + 4 < len(location_places):
-            end = location_places[number + 4]  # of the next object
-        said = [i for i in range(start, end) if texts[i]]
-        separator = next((i for i in said if texts[i].startswith(";")), end)
-        return float(np.exp(np.mean([log_probs[i] for i in said if i < separator])))
+    def score(start, end):
+        inside = [
+            i
+            for i, (a, b) in enumerate(zip(starts, ends))
+            if generation.text[max(a, start) : min(b, end)].strip()
+        ]
+        return float(np.exp(log_probs[inside].mean()))
 
-    return _detections(generation.text, width, height, codec, score)
+    return score
 
 
 def box_overlap(one, other):

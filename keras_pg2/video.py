@@ -34,9 +34,12 @@ def frames_from_video(path, count=16):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No such video file: {path!r}")
     try:
-        # Files lie about their number of frames, so they are counted first.
-        total = sum(1 for _ in _decoded(av, path))
-        wanted = np.linspace(0, total - 1, count).round().astype(int).tolist() if total else []
+        # Frames need not be equally long, and files lie about their number: times come first.
+        times = [i if f.time is None else f.time for i, f in enumerate(_decoded(av, path))]
+        wanted = []
+        if times:
+            moments = np.linspace(times[0], times[-1], count)
+            wanted = (np.searchsorted(times, moments + 1e-6, side="right") - 1).tolist()
         frames = {}
         for index, frame in enumerate(_decoded(av, path)):
             if index in wanted:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 import keras_pg2
-from keras_pg2 import data
+from keras_pg2 import SegmentationCodec, data, parse_detections
+from keras_pg2.tiny.train import CODEC
 
 # Pixels 1 of a mask of 9 × 7, and what COCO's own tool compresses it to.
 MASK = np.zeros((9, 7), bool)
@@ -423,6 +424,18 @@ def _masks(folder, *segmentations, size=1, **values):
     assert examples[0] == example
     assert len(codec.calls) == 1  # the suffix is kept
     return masks
+
+
+def test_masks_by_a_real_codec(folder):
+    """COCO's masks to a suffix, and back to masks."""
+    segmentation = {"size": [120, 90], "counts": COMPRESSED_STRIPES}
+    annotation = _annotation(1, image_id=2, bbox=(3, 5, 77, 105), segmentation=segmentation)
+    codec = SegmentationCodec.from_file(CODEC)
+    (example,) = data.coco_segmentation(_coco(folder, [annotation]), None, codec)
+    (found,) = parse_detections(example["suffix"], 90, 120, codec)
+    assert found.label == "cat"
+    np.testing.assert_allclose(found.box, (3, 5, 80, 110), atol=0.1)
+    assert (found.mask & STRIPES).sum() / (found.mask | STRIPES).sum() > 0.9
 
 
 def test_run_lengths(folder):

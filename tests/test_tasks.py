@@ -14,10 +14,12 @@ from keras_pg2 import Detection, Detections, Generation, parse_detections, tasks
 from keras_pg2.preprocessing import image_size
 from keras_pg2.tasks import read_detections
 from keras_pg2.tiny import train
+from tests.test_data import COMPRESSED, COMPRESSED_STRIPES, MASK, STRIPES
 
 WIDTH, HEIGHT = 1023 * 2, 1023  # so that places in the picture are whole numbers
 CAT = "<loc0100><loc0200><loc0300><loc0400>"
 CAT_BOX = (400, 100, 800, 300)
+ARABIC = "<loc\u0661\u0662\u0663\u0664>"  # digits to `\d`, but no location
 CODES = "".join(f"<seg{i:03d}>" for i in range(16))
 
 
@@ -78,6 +80,9 @@ def test_lists_of_things(things, expected):
         (lambda: tasks.list_of_things([]), "`things`"),
         (lambda: tasks.list_of_things(["cat;dog"]), "`things`"),
         (lambda: tasks.list_of_things([3]), "`things`"),
+        (lambda: tasks.list_of_things(3), "`things`"),
+        (lambda: tasks.list_of_things("<loc0001> cat"), "`things`"),
+        (lambda: tasks.region_prompt((0, 0, float("inf"), 3), 10, 10), "4 numbers"),
         (lambda: tasks.region_prompt((1, 2, 1, 3), 10, 10), "x1 < x2"),
         (lambda: tasks.region_prompt((1, 2, 3), 10, 10), "4 numbers"),
         (lambda: tasks.region_prompt((11, 2, 13, 4), 10, 10), "overlap"),
@@ -117,6 +122,7 @@ def test_prompts_of_bad_input(call, message):
         ("<loc0100><loc0400><loc0300><loc0200> mirrored", []),
         ("<loc0100><loc0200><loc0300> cat", []),
         (f"{CAT}<loc0500> cat", []),
+        (f"{ARABIC * 4} cat", []),
         ("<loc0100><loc0200><loc0300><loc1024> beyond", []),
         ("<loc100><loc200><loc300><loc400> cat", []),
         ("a cat on a sofa", []),
@@ -161,7 +167,7 @@ def test_masks(codec, segments, has_mask):
         assert 0 < found.mask.sum() < 20 * 12
 
 
-PIECES = [f"<loc{i:04d}>" for i in (0, 1, 500, 501, 1022, 1023, 1024, 9999)]
+PIECES = [ARABIC, *(f"<loc{i:04d}>" for i in (0, 1, 500, 501, 1022, 1023, 1024, 9999))]
 PIECES += [f"<seg{i:03d}>" for i in (0, 127, 128)] + [CAT, CODES, f"{CAT} cat", f"{CAT}{CODES} cat"]
 PIECES += [" ; ", ";", " ", "\n", "cat", "dog", "<loc", ">", "<eos>", "é", "\0", "\ufffd", ""]
 
@@ -188,6 +194,56 @@ def test_any_answer_is_read(text):
             overlap = tasks.box_overlap(one.box, other.box)
             assert one is other or one.label != other.label or overlap < 0.8
     json.dumps(found.to_dict())
+
+
+@hypothesis.settings(
+    max_examples=500,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(strategies.data())
+def test_any_tokens_are_read(tokenizer, data):
+    """With locations that are spelled out, and pieces of characters, too."""
+    ids = [*tokenizer.location_ids[::300], *tokenizer.segment_ids[:2], 1]
+    for text in PIECES:
+        ids += tokenizer.encode(text)
+    token_ids = data.draw(strategies.lists(strategies.sampled_from(ids), min_size=1, max_size=40))
+    spelled = data.draw(strategies.sampled_from(["", "<loc1024> ; ", "<loc0100>"]))
+    token_ids = np.array([*map(int, tokenizer._pieces.encode(spelled)), *token_ids], "int32")
+    answer = Generation(
+        tokenizer.decode(token_ids), token_ids, np.full(len(token_ids), -0.5, "float32")
+    )
+    for item in read_detections(answer, tokenizer, ["cat"], 640, 480):
+        np.testing.assert_allclose(item.score, np.exp(-0.5))
+
+
+def test_a_score_is_of_its_own_tokens(tokenizer):
+    """Locations that are none, and some that are spelled out, come before."""
+    spelled = tokenizer._pieces.encode("<loc1024> ; <loc0100> ; ")
+    token_ids = np.array([*spelled, *tokenizer.encode(f"{CAT} cat"), 1], "int32")
+    log_probs = np.full(len(token_ids), -9, "float32")
+    log_probs[len(spelled) : -1] = -0.25
+    answer = Generation(tokenizer.decode(token_ids), token_ids, log_probs)
+    (item,) = read_detections(answer, tokenizer, ["cat"], WIDTH, HEIGHT)
+    np.testing.assert_allclose(item.score, np.exp(-0.25))
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "labels"),
+    [
+        (f"{CAT} cat ; <loc0001><loc0001><loc0009><loc0009> red", [], ["cat"]),
+        (f"{CAT} cat ; <loc0001><loc0001><loc0009><loc0009> red", [1], ["cat", "red"]),
+        (f"{CAT} cat ; <loc0001><loc0001><loc0009><loc0009> red dog", [], ["cat", "red dog"]),
+        (f"{CAT} cat ; <loc0001><loc0001>", [], ["cat"]),
+        (f"{CAT}", [], []),
+    ],
+)
+def test_what_was_cut_off_is_left_out(tokenizer, caplog, text, end, labels):
+    token_ids = np.array([*tokenizer.encode(text), *end], "int32")
+    answer = Generation(text, token_ids, np.zeros(len(token_ids), "float32"))
+    found = read_detections(answer, tokenizer, ["cat", "red dog"], WIDTH, HEIGHT)
+    assert [item.label for item in found] == labels
+    assert len(caplog.records) == (text.endswith((" red", "<loc0400>")) and not end)
 
 
 @hypothesis.settings(max_examples=1000, deadline=None)
@@ -239,7 +295,7 @@ def test_scores_are_geometric_means(tokenizer):
         second = [0.9] * (4 + num_label)
         return [*first, *separator, *second, 0.001]
 
-    found = read_detections(generation(tokenizer, text, probabilities), tokenizer, 10, 10)
+    found = read_detections(generation(tokenizer, text, probabilities), tokenizer, ["cat"], 10, 10)
     expected = [0.125 ** (2 / (4 + num_label)), 0.9]
     np.testing.assert_allclose([item.score for item in found], expected, rtol=1e-5)
 
@@ -247,7 +303,11 @@ def test_scores_are_geometric_means(tokenizer):
 def test_of_repetitions_the_likeliest_stays(tokenizer):
     text = f"{CAT} cat ; <loc0100><loc0200><loc0300><loc0402> cat"
     found = read_detections(
-        generation(tokenizer, text, lambda n: np.linspace(0.1, 0.9, n)), tokenizer, WIDTH, HEIGHT
+        generation(tokenizer, text, lambda n: np.linspace(0.1, 0.9, n)),
+        tokenizer,
+        ["cat"],
+        WIDTH,
+        HEIGHT,
     )
     (item,) = found
     np.testing.assert_allclose(item.box, (400, 100, 804, 300))
@@ -255,7 +315,7 @@ def test_of_repetitions_the_likeliest_stays(tokenizer):
 
 def test_without_probabilities_there_is_no_score(tokenizer):
     answer = Generation(f"{CAT} cat", np.array(tokenizer.encode(f"{CAT} cat")), None)
-    (item,) = read_detections(answer, tokenizer, WIDTH, HEIGHT)
+    (item,) = read_detections(answer, tokenizer, ["cat"], WIDTH, HEIGHT)
     assert item.score is None
 
 
@@ -302,6 +362,12 @@ def test_run_lengths(pixels):
     np.testing.assert_array_equal(values.reshape(4, 3).T, mask)
 
 
+def test_compressed_run_lengths():
+    """What COCO's own tool makes of masks, see `test_data.py`, read by our own reader."""
+    for mask, expected in [(MASK, COMPRESSED), (STRIPES, COMPRESSED_STRIPES)]:
+        assert tasks._compressed(tasks._run_lengths(mask)["counts"]) == expected
+
+
 def test_coco(detections):
     (annotation,) = detections.to_coco(image_id=7, category_ids={"cat": 3})
     assert annotation == {
@@ -309,7 +375,7 @@ def test_coco(detections):
         "category_id": 3,
         "bbox": [2, 1, 3, 2],
         "score": 0.5,
-        "segmentation": {"size": [4, 6], "counts": [9, 2, 2, 2, 2, 2, 5]},
+        "segmentation": {"size": [4, 6], "counts": tasks._compressed([9, 2, 2, 2, 2, 2, 5])},
     }
     annotations = detections.to_coco(7, {"dog": 1, "cat": 3})
     assert [a["category_id"] for a in annotations] == [3, 1]
@@ -327,6 +393,10 @@ def test_supervision(detections, monkeypatch):
     assert fields["data"]["class_name"].tolist() == ["cat", "dog"]
     np.testing.assert_array_equal(fields["class_id"], [0, 1])
     np.testing.assert_allclose(fields["confidence"], [0.5, 1])
+    fields = detections.to_supervision(["dog", "bird", "cat"])
+    np.testing.assert_array_equal(fields["class_id"], [2, 0])
+    with pytest.raises(ValueError, match="'dog'"):
+        detections.to_supervision(["cat"])
     only = Detections(detections.items[:1], 6, 4)
     assert only.to_supervision()["mask"].shape == (1, 4, 6)
 
@@ -337,13 +407,14 @@ def test_supervision_is_optional(detections, monkeypatch):
         detections.to_supervision()
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_image_size(tmp_path, orientation):
+@pytest.mark.parametrize("ending", ["jpg", "tif", "png"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 9])
+def test_image_size(tmp_path, orientation, ending):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "image.jpg"
+    path = tmp_path / f"image.{ending}"
     Image.new("RGB", (30, 20)).save(path, exif=exif)
-    expected = (30, 20) if orientation == 1 else (20, 30)
+    expected = (20, 30) if orientation == 6 else (30, 20)
     assert image_size(path) == image_size(Image.open(path)) == expected
     assert keras_pg2.preprocessing.image_levels(path).shape[1::-1] == expected
     assert image_size(np.zeros((20, 30, 3), "uint8")) == image_size(np.zeros((20, 30))) == (30, 20)
@@ -398,10 +469,11 @@ def test_constrained_detection(model, image, sampler):
             assert x1 < x2
             assert y1 < y2
         assert all(0 < item.score <= 1 for item in detections)
+        assert {item.label for item in detections} <= {"red cat", "dog"}
 
 
 def test_constrained_segmentation(model, image, codec, monkeypatch):
-    monkeypatch.setattr(type(model), "codec", codec)
+    monkeypatch.setattr(model, "get_codec", lambda: codec)
     (found,) = model.segment(image, "cat", constrained=True, max_new_tokens=23)
     assert re.match(r"(?:<loc\d{4}>){4}(?:<seg\d{3}>){16} ca?", found.text)
     assert found.mask.shape == (50, 60)
@@ -420,6 +492,9 @@ def test_each_image_has_its_things(model, image):
 
 
 def test_detect_bad_input(model, image):
+    for things in (3, [3], None, [["cat"], 3]):
+        with pytest.raises(ValueError, match="`things`"):
+            model.detect(image, things)
     with pytest.raises(ValueError, match="one image at a time"):
         model.detect([[image, image]], "cat")
     with pytest.raises(ValueError, match="as many"):
@@ -445,12 +520,15 @@ def test_a_picture_of_several_prompts_is_encoded_once(model, image, monkeypatch)
     encode = type(model).encode
 
     def count(self, images, *args):
-        encoded.append(len(images))
+        encoded.append(images)
         return encode(self, images, *args)
 
     monkeypatch.setattr(type(model), "encode", count)
     assert model.generate(image, prompts, max_new_tokens=6) == expected
-    assert encoded == [1]
+    assert len(encoded) == 1
+    other = image[::-1].copy()
+    model.generate([image, other, image], "ocr", max_new_tokens=1)
+    assert len(encoded) == 1  # several pictures may not fit
 
 
 CANDIDATES = ["cat", "a red dog", "7", "cats and cows"]
@@ -476,8 +554,10 @@ def test_score_of_one(model, image):
     assert scores.shape == (2,)
     with pytest.raises(ValueError, match="`candidates`"):
         model.score(image, "ocr", "cat")
-    with pytest.raises(ValueError, match="`candidates`"):
-        model.score(image, "ocr", [])
+    for candidates in ([], ["a", 3]):
+        with pytest.raises(ValueError, match="`candidates`"):
+            model.score(image, "ocr", candidates)
+    assert model.score(image, "ocr", [""]).shape == (1,)
 
 
 def test_a_grammar_for_yes_and_no(model, image):
@@ -493,25 +573,45 @@ def test_a_grammar_for_yes_and_no(model, image):
     assert set(answers) <= {"yes", "no"}
     scores = model.score(image, "answer en is it?", ["yes", "no"])
     assert answers[0] == ["yes", "no"][int(np.argmax(scores))] or len(tokenizer.encode("yes")) > 1
+    (answer,) = model.generate(
+        [image], "answer en is it?", grammar=grammar, sampler="beam", max_new_tokens=1, details=True
+    )
+    assert answer.text
+    assert "yes".startswith(answer.text) or "no".startswith(answer.text)
     grammar.starts.append(start)
     with pytest.raises(ValueError, match="`grammar`"):
         model.generate([image] * 3, "ocr", grammar=grammar)
 
 
+def test_saving_needs_no_codec(model, codec, tmp_path, monkeypatch):
+    """Keras looks at all properties of what it saves."""
+
+    def download():
+        raise AssertionError("the official codec is not needed")
+
+    monkeypatch.setattr(keras_pg2.segmentation, "_download", download)
+    plain = keras_pg2.PaliGemma2.from_config(model.get_config())
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    plain.use_codec(codec)
+    plain.load_weights(tmp_path / "plain.weights.h5")
+    plain.save_weights(tmp_path / "own.weights.h5")
+    sizes = [(tmp_path / f"{name}.weights.h5").stat().st_size for name in ("plain", "own")]
+    assert sizes[0] == sizes[1]
+
+
 def test_the_codec_goes_with_the_preset(model, codec, tmp_path):
     copy = keras_pg2.PaliGemma2.from_preset
     model.save_to_preset(tmp_path / "plain")
-    assert copy(tmp_path / "plain")._codec is None
     own = copy(tmp_path / "plain")
     own.use_codec(train.CODEC)
     assert own.count_params() == model.count_params()
     own.save_to_preset(tmp_path / "own")
     codes = np.arange(16)[None]
     loaded = copy(tmp_path / "own")
-    np.testing.assert_array_equal(loaded.codec.decode(codes), codec.decode(codes))
+    np.testing.assert_array_equal(loaded.get_codec().decode(codes), codec.decode(codes))
     own.save(tmp_path / "own.keras")
     loaded = keras_pg2.paligemma.keras.saving.load_model(tmp_path / "own.keras")
-    np.testing.assert_array_equal(loaded.codec.decode(codes), codec.decode(codes))
+    np.testing.assert_array_equal(loaded.get_codec().decode(codes), codec.decode(codes))
     with pytest.raises(ValueError, match="`codec`"):
         own.use_codec(3)
     with pytest.raises(FileNotFoundError):

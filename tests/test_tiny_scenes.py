@@ -412,7 +412,7 @@ class FakeModel:
 
     def __init__(self, answer, tokenizer, codec=None):
         self.answer = answer
-        self.codec = codec
+        self.get_codec = lambda: codec
         self.preprocessor = types.SimpleNamespace(tokenizer=tokenizer)
 
     def generate(self, images, prompts, max_new_tokens, batch_size):

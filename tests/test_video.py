@@ -1,3 +1,5 @@
+import fractions
+
 import av
 import numpy as np
 import pytest
@@ -29,8 +31,24 @@ def test_frames_are_evenly_spaced(video, count, levels):
     assert {frame.size for frame in frames} == {(64, 48)}
     means = [np.asarray(frame).mean() for frame in frames]
     if levels is None:
-        levels = 10 * np.linspace(0, 24, count).round()
+        levels = 10 * np.floor(np.linspace(0, 24, count) + 1e-3)
     np.testing.assert_allclose(means, levels, atol=4)
+
+
+def test_frames_are_of_different_length(tmp_path):
+    """Ten pictures in the first second, then one at ten seconds."""
+    path = tmp_path / "video.mp4"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = fractions.Fraction(1, 10)
+        for number, pts in enumerate([*range(10), 100]):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * number, "uint8"))
+            frame.pts, frame.time_base = pts, fractions.Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    means = [np.asarray(frame).mean() for frame in frames_from_video(path, 3)]
+    np.testing.assert_allclose(means, [0, 180, 200], atol=4)
 
 
 def test_frames_go_into_the_model(model, video):

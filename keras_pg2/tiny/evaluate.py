@@ -87,7 +87,7 @@ def evaluate(
     """Scores a model's greedy answers about held-out scenes.
 
     Args:
-        model: PaliGemma2. Its `codec` makes the masks.
+        model: PaliGemma2. Its codec makes the masks.
         num_examples: int, examples of each of `kinds`.
         seed: int, of the examples.
         renderer: SceneRenderer of the split "test", or None to make one.
@@ -129,7 +129,7 @@ def evaluate(
             if kind.startswith("detect"):
                 _score_boxes(scores, example, answer)
             elif kind.startswith("segment"):
-                _score_mask(scores, example, answer, model.codec)
+                _score_mask(scores, example, answer, model.get_codec())
             else:
                 _score_text(scores, example, answer, model.preprocessor.tokenizer)
         for name in sorted(scores):  # without any box there is no precision
@@ -156,11 +156,12 @@ def _score_text(scores, example, answer, tokenizer):
 def _score_boxes(scores, example, answer):
     true, given = _parse(example.suffix), _parse(answer)
     overlaps = _match(true, given)
+    num_given = sum(bool(part.strip()) for part in answer.split(";"))  # malformed ones too
     num_found = sum(overlap >= 0.5 for overlap in overlaps)
     scores["iou"] += overlaps
     scores["recall"] += [overlap >= 0.5 for overlap in overlaps]
-    scores["precision"] += [True] * num_found + [False] * (len(given) - num_found)
-    scores["all right"].append(len(true) == len(given) == num_found)
+    scores["precision"] += [True] * num_found + [False] * (num_given - num_found)
+    scores["all right"].append(len(true) == num_given == num_found)
 
 
 def _match(true, given):
