@@ -1,4 +1,4 @@
-"""Trains the tiny PaliGemma 2 from nothing, in three hours on two CPU cores.
+"""Trains the tiny PaliGemma 2 from nothing, in less than three hours on two CPU cores.
 
     KERAS_BACKEND=torch python -m keras_pg2.tiny.train OUT [--minutes 130] [--resume]
 
