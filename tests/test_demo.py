@@ -13,6 +13,7 @@ import keras_pg2
 from keras_pg2.checkpoints.presets import TINY
 from keras_pg2.tiny import SAMPLES
 
+# Gradio 6 holds Pillow below 13, whose bicubic the goldens of preprocessing need: not in "test".
 demo = pytest.importorskip("keras_pg2.demo", reason="gradio is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.slow
