@@ -88,6 +88,7 @@ def test_upload(page, model, tmp_path):
     page.get_by_label("detect", exact=True).check()
     page.get_by_label("What to find").fill("star")
     run(page, model.detect(str(path), "star").text)
+    assert page.locator(_PICTURES).count() == 2
 
 
 def test_errors_are_shown(page):
@@ -99,6 +100,7 @@ def test_errors_are_shown(page):
     page.get_by_label("What to find").fill(" ")
     page.get_by_role("button", name="Run").click()
     page.get_by_text("`things`").wait_for()
+    assert page.get_by_label("Answer", exact=True).input_value() == ""
 
 
 def test_paths_of_a_client_are_not_opened(server, tmp_path):

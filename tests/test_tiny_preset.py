@@ -41,6 +41,11 @@ def test_objects_in_a_sample(tiny):
     assert (heart.mask & is_purple).sum() / (heart.mask | is_purple).sum() > 0.75
 
 
+def test_what_is_not_there_is_not_found(tiny):
+    assert len(tiny.detect(SAMPLES["shapes"], "star")) == 0
+    assert len(tiny.detect(SAMPLES["digits"], "7")) == 0
+
+
 def test_score_ranks_answers(tiny):
     scores = tiny.score(
         SAMPLES["two_digits"], "answer en what is the sum of the digits?", list("0123456789")
