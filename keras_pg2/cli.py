@@ -80,7 +80,7 @@ def _parser():
     demo = commands.add_parser("demo", help="serve a web page to try a model on")
     demo.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
     demo.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    demo.add_argument("--port", type=int, default=7860, help="default: 7860")
+    demo.add_argument("--port", type=int, default=7860, help="default: 7860; 0: any free")
     demo.set_defaults(run=_demo)
 
     info = commands.add_parser("info", help="show what a checkpoint is and needs")
@@ -104,7 +104,9 @@ def _parser():
 
 
 def _add_task(commands, name, help):
-    task = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    task = commands.add_parser(
+        name, help=help, description=f"{help[0].upper()}{help[1:]}. Options go last."
+    )
     task.add_argument("images", nargs="+", metavar="image", help="a picture, a folder or a pattern")
     task.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
     task.add_argument("--tokenizer", help="path of a tokenizer.model, for a .npz, which has none")
@@ -173,8 +175,9 @@ def _demo(options):
 
     preset = options.preset or _TINY
     model = keras_pg2.PaliGemma2.from_preset(preset)
-    _report(f"{preset} is served at http://{options.host}:{options.port}; Ctrl+C ends it")
-    demo.launch(model, preset, options.host, options.port)
+    page = demo.launch(model, preset, options.host, options.port)
+    _report(f"{preset} is served at {page.local_url}; Ctrl+C ends it")
+    page.block_thread()
 
 
 def _image_paths(names):

@@ -2,6 +2,8 @@
 
 import gradio
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from keras_pg2 import tasks
 from keras_pg2.drawing import draw
@@ -82,7 +84,12 @@ def build(model, title="PaliGemma 2"):
         gradio.Markdown(f"# {title}")
         with gradio.Row():
             with gradio.Column():
-                image = gradio.Image(type="pil", sources=["upload", "clipboard"], label="Picture")
+                image = gradio.Image(
+                    label="Picture",
+                    type="pil",
+                    format="png",  # Gradio's own choice, WebP, loses detail
+                    sources=["upload", "clipboard"],
+                )
                 sample = gradio.Radio(list(SAMPLES), label="Samples")
                 task = gradio.Radio(list(_TEXT_LABELS), value="caption", label="Task")
                 text = gradio.Textbox(visible=False, max_length=_MAX_TEXT)
@@ -90,10 +97,13 @@ def build(model, title="PaliGemma 2"):
                 button = gradio.Button("Run", variant="primary")
             with gradio.Column():
                 answer = gradio.Textbox(label="Answer", lines=3)
-                drawn = gradio.Image(label="Found", interactive=False)
+                drawn = gradio.Image(label="Found", format="png", interactive=False)
                 table = gradio.Dataframe(
                     headers=["label", "score", "x1 y1 x2 y2"], label="Objects", interactive=False
                 )
+        image.async_move_resource_to_block_cache = _refuse_addresses(
+            image.async_move_resource_to_block_cache
+        )
         sample.change(load_sample, sample, image)
         task.change(show_fields, task, [text, lang])
         inputs, outputs = [image, task, text, lang], [answer, drawn, table]
@@ -102,18 +112,17 @@ def build(model, title="PaliGemma 2"):
     return page
 
 
-def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860, block=True):
-    """Serves the page until it is interrupted.
+def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860):
+    """Serves the page, in the background.
 
     Args:
         model: PaliGemma2.
         title: str.
         host: str, address to listen on. The default is this machine alone.
         port: int, 0 for any that is free.
-        block: bool, whether to wait.
 
     Returns:
-        gradio.Blocks, with `local_url` and `close`.
+        gradio.Blocks, with `local_url`, `block_thread` and `close`.
     """
     page = build(model, title)
     page.queue(max_size=16).launch(
@@ -123,7 +132,8 @@ def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860, block=True):
         inbrowser=False,
         quiet=True,
         max_file_size=MAX_FILE_SIZE,
-        prevent_thread_lock=not block,
+        app_kwargs={"middleware": [Middleware(_RefuseAddresses)]},
+        prevent_thread_lock=True,
     )
     return page
 
@@ -134,3 +144,27 @@ def _prompt(task, text, lang):
     if task == "answer":
         return tasks.answer_prompt(text, lang)
     return "ocr" if task == "ocr" else text
+
+
+def _refuse_addresses(move_to_cache):
+    """What Gradio calls with a client's picture, without fetching an address in its place."""
+
+    async def move_upload_to_cache(path):
+        if str(path).lower().startswith(("http:", "https:")):
+            raise gradio.Error("Upload a picture: addresses are not fetched.")
+        return await move_to_cache(path)
+
+    return move_upload_to_cache
+
+
+class _RefuseAddresses:
+    """Answers `file=http://…`, which Gradio would fetch, with 403."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        app = self.app
+        if "/file=http" in scope.get("path", "").lower():
+            app = PlainTextResponse("Addresses are not fetched.", status_code=403)
+        await app(scope, receive, send)

@@ -3,12 +3,19 @@
 import os
 import pathlib
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Tests make the same tiny models again and again: jax compiles each program once a session.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Most of the time goes into compiling tiny programs, which XLA does twice as fast unoptimized.
+# XLA ends a process that sets a flag it does not know, so only versions seen to know them get them.
+if os.environ.get("KERAS_BACKEND") == "jax" and version("jaxlib").startswith("0.10."):
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    )
 
 import keras
 import numpy as np

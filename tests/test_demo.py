@@ -15,6 +15,7 @@ from keras_pg2.tiny import SAMPLES
 
 # Gradio 6 holds Pillow below 13, whose bicubic the goldens of preprocessing need: not in "test".
 demo = pytest.importorskip("keras_pg2.demo", reason="gradio is not installed")
+safehttpx = pytest.importorskip("safehttpx", reason="what Gradio fetches addresses with")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def server(model):
-    page = demo.launch(model, TINY, port=0, block=False)
+    page = demo.launch(model, TINY, port=0)
     yield page
     page.close()
 
@@ -103,21 +104,38 @@ def test_errors_are_shown(page):
     assert page.get_by_label("Answer", exact=True).input_value() == ""
 
 
-def test_paths_of_a_client_are_not_opened(server, tmp_path):
-    """A client that says where a picture lies on the server's disk does not get it read."""
-    secret = tmp_path / "secret.png"
-    Image.new("RGB", (8, 8)).save(secret)
-    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+def send_picture(server, path):
+    """The server's answer to a client that says where its picture lies."""
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     call = f"{server.local_url}gradio_api/call/run"
     body = json.dumps({"data": [file, "caption", "", "en"]}).encode()
     request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
         event = json.load(response)["event_id"]
     with urllib.request.urlopen(f"{call}/{event}") as response:
-        assert b"event: error" in response.read()
+        return response.read().decode()
+
+
+def status_of(url):
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(f"{server.local_url}gradio_api/file={secret}")
-    assert caught.value.code in (403, 404)
+        urllib.request.urlopen(url)
+    return caught.value.code
+
+
+def test_paths_of_a_client_are_not_opened(server, tmp_path):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    assert "event: error" in send_picture(server, str(secret))
+    assert status_of(f"{server.local_url}gradio_api/file={secret}") in (403, 404)
+
+
+def test_addresses_of_a_client_are_not_fetched(server, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(safehttpx, "get", lambda url, **_: fetched.append(url))
+    address = "https://example.com/cat.png"
+    assert "addresses are not fetched" in send_picture(server, address)
+    assert status_of(f"{server.local_url}gradio_api/file={address}") == 403
+    assert not fetched
 
 
 def test_only_this_machine_is_served(server):
