@@ -10,22 +10,14 @@ steps after the first two, as a Markdown table; ratios are to keras_hub on the s
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
+import peers
 
-BATCH_SIZE, LENGTH, SUFFIX, VOCAB_SIZE = 2, 64, 16, 257_152
-VISION = {"width": 384, "depth": 6, "mlp_dim": 1536, "num_heads": 6}
-TEXT = {
-    **{"width": 1024, "depth": 8, "mlp_dim": 4096, "num_heads": 8, "num_kv_heads": 4},
-    **{"head_dim": 128, "query_pre_attn_scalar": 128, "use_post_norms": True},
-    **{"attn_logit_softcap": 50.0, "final_logit_softcap": 30.0},
-}
+SIZE, BATCH_SIZE, LENGTH, SUFFIX = "mid", 2, 64, 16
 
 
 def tokens():
@@ -50,11 +42,7 @@ def keras_steps(model, batch, num_steps):
 def our_steps(dtype, num_steps, remat):
     import keras
 
-    import keras_pg2
-    from keras_pg2.config import GemmaConfig, SiglipConfig
-
-    config = keras_pg2.PaliGemmaConfig(SiglipConfig(**VISION), GemmaConfig(**TEXT))
-    model = keras_pg2.PaliGemma2(config, dtype=dtype)
+    model = peers.keras_pg2_model(SIZE, dtype)
     model.enable_lora(4, pattern="(query|value)$")
     if remat:
         model.enable_remat()
@@ -66,30 +54,9 @@ def our_steps(dtype, num_steps, remat):
 
 def keras_hub_steps(dtype, num_steps):
     import keras
-    import keras_hub
 
-    backbone = keras_hub.models.PaliGemmaBackbone(
-        vocabulary_size=VOCAB_SIZE,
-        image_size=224,
-        num_layers=TEXT["depth"],
-        num_query_heads=TEXT["num_heads"],
-        num_key_value_heads=TEXT["num_kv_heads"],
-        hidden_dim=TEXT["width"],
-        intermediate_dim=2 * TEXT["mlp_dim"],
-        head_dim=TEXT["head_dim"],
-        vit_patch_size=14,
-        vit_num_heads=VISION["num_heads"],
-        vit_hidden_dim=VISION["width"],
-        vit_num_layers=VISION["depth"],
-        vit_intermediate_dim=VISION["mlp_dim"],
-        use_post_ffw_norm=True,
-        use_post_attention_norm=True,
-        attention_logit_soft_cap=50,
-        final_logit_soft_cap=30,
-        dtype=dtype,
-    )
-    backbone.enable_lora(4)
-    model = keras_hub.models.PaliGemmaCausalLM(backbone=backbone, preprocessor=None)
+    model = peers.keras_hub_model(SIZE, dtype)
+    model.backbone.enable_lora(4)
     model.compile(
         keras.optimizers.AdamW(1e-4),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -105,45 +72,14 @@ def keras_hub_steps(dtype, num_steps):
 def peft_steps(dtype, num_steps):
     import peft
     import torch
-    import transformers
 
-    text = {
-        "model_type": "gemma2",
-        "vocab_size": VOCAB_SIZE + 64,
-        "hidden_size": TEXT["width"],
-        "intermediate_size": TEXT["mlp_dim"],
-        "num_hidden_layers": TEXT["depth"],
-        "num_attention_heads": TEXT["num_heads"],
-        "num_key_value_heads": TEXT["num_kv_heads"],
-        "head_dim": TEXT["head_dim"],
-        "query_pre_attn_scalar": TEXT["query_pre_attn_scalar"],
-    }
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": VISION["width"],
-        "intermediate_size": VISION["mlp_dim"],
-        "num_hidden_layers": VISION["depth"],
-        "num_attention_heads": VISION["num_heads"],
-        "image_size": 224,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
-    config = transformers.PaliGemmaConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=VOCAB_SIZE,
-        projection_dim=TEXT["width"],
-        hidden_size=TEXT["width"],
-    )
-    config._attn_implementation = "eager"  # soft caps allow no other
-    torch.set_default_dtype(getattr(torch, dtype))
-    model = transformers.PaliGemmaForConditionalGeneration(config)
+    model = peers.transformers_model(SIZE, dtype)
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"])
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     images, token_ids, is_suffix = tokens()
-    placeholders = np.full((BATCH_SIZE, 256), VOCAB_SIZE)
+    placeholders = np.full((BATCH_SIZE, 256), peers.VOCAB_SIZE)
     input_ids = np.concatenate([placeholders, token_ids], axis=1)
     token_type_ids = np.concatenate([placeholders * 0, is_suffix], axis=1).astype("int64")
     batch = {
@@ -189,33 +125,17 @@ def main():
     packages = ("keras_hub", "keras_pg2", "keras_pg2-remat")
     contestants = [f"{package}/{name}" for name in options.backends for package in packages]
     contestants += ["peft/torch"] if "torch" in options.backends else []
-    results = {contestant: [] for contestant in contestants}
-    for _ in range(options.repeat):
-        for contestant in contestants:
-            backend = contestant.partition("/")[2]
-            command = [sys.executable, __file__, "--steps", str(options.steps)]
-            run = subprocess.run(
-                [*command, "--measure", contestant],
-                env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
-                capture_output=True,
-                text=True,
-            )
-            if run.returncode:
-                print(f"{contestant} failed: {run.stderr.strip().splitlines()[-1:]}")
-            else:
-                results[contestant].append(json.loads(run.stdout.strip().splitlines()[-1]))
+    arguments = ["--steps", str(options.steps)]
+    results = peers.run_in_turns(__file__, contestants, arguments, options.repeat)
     print("| step | seconds (least to most) | of keras_hub | peak GB |\n|---|---|---|---|")
-    medians = {
-        name: statistics.median(run["seconds"] for run in runs)
-        for name, runs in results.items()
-        if runs
-    }
-    for name, seconds in medians.items():
-        times = sorted(run["seconds"] for run in results[name])
-        peak = statistics.median(run["peak_gb"] for run in results[name])
-        base = medians.get(f"keras_hub/{name.partition('/')[2]}", seconds)
-        spread = f"{seconds:.2f} ({times[0]:.2f} to {times[-1]:.2f})"
-        print(f"| {name} | {spread} | {seconds / base:.2f} × | {peak:.2f} |")
+    for name, runs in results.items():
+        seconds, least, most = peers.spread(runs, "seconds")
+        base = results.get(f"keras_hub/{name.partition('/')[2]}", runs)
+        ratio = seconds / peers.spread(base, "seconds")[0]
+        peak = peers.spread(runs, "peak_gb")[0]
+        print(
+            f"| {name} | {seconds:.2f} ({least:.2f} to {most:.2f}) | {ratio:.2f} × | {peak:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -326,27 +326,30 @@ def tf_dataset(batches, sample):
 # Arrays -------------------------------------------------------------------------------------
 
 
-def write(buffer, values, index):
-    """Writes `values` into `buffer` at `index` of axis 1, in place where the backend can.
+def write(buffer, values, index, axis=1):
+    """Writes `values` into `buffer` at `index` of an axis, in place where the backend can.
 
     Args:
-        buffer: tensor (B, S, ...).
-        values: tensor (B, T, ...), cast to the dtype of `buffer`.
+        buffer: tensor.
+        values: tensor of its shape but for `axis`, cast to the dtype of `buffer`.
         index: int or int32 scalar tensor.
+        axis: int.
 
     Returns:
-        tensor (B, S, ...); `buffer` must not be used again.
+        tensor of the shape of `buffer`, which must not be used again.
     """
     values = ops.cast(values, buffer.dtype)
     if BACKEND == "torch":
         buffer = buffer.contiguous()  # a repeated row has no memory of its own
+        length = values.shape[axis]
         if isinstance(index, int):
-            buffer[:, index : index + values.shape[1]] = values
+            buffer.narrow(axis, index, length).copy_(values)
             return buffer
         # Without a look at the index, which would wait for the device.
-        places = index + torch.arange(values.shape[1], device=buffer.device)
-        return buffer.index_copy_(1, places, values)
-    start = [0, index] + [0] * (len(buffer.shape) - 2)
+        places = index + torch.arange(length, device=buffer.device)
+        return buffer.index_copy_(axis, places, values)
+    start = [0] * len(buffer.shape)
+    start[axis] = index
     return ops.slice_update(buffer, start, values)
 
 

@@ -130,8 +130,8 @@ def attention(query, key, value, mask=None, logit_softcap=None):
 
     Args:
         query: float (B, T, N, H), rotated and scaled.
-        key: float (B, S, K, H), N a multiple of K; its dtype is that of the products.
-        value: float (B, S, K, H).
+        key: float (B, K, S, H), N a multiple of K; its dtype is that of the products.
+        value: float (B, K, S, H).
         mask: bool (B, T, S) or None, True where attention is allowed.
         logit_softcap: float or None; logits become `cap * tanh(logits / cap)`.
 
@@ -144,7 +144,7 @@ def attention(query, key, value, mask=None, logit_softcap=None):
     function = _backend.recomputed(
         lambda query, key, value, mask: _attention(query, key, value, mask, logit_softcap)
     )
-    query_length, key_length = query.shape[1], key.shape[1]
+    query_length, key_length = query.shape[1], key.shape[2]
     is_static = isinstance(query_length, int) and isinstance(key_length, int)
     chunk = max(1, _MAX_LOGITS // key_length) if is_static else None
     if not is_static or query_length <= chunk:
@@ -164,15 +164,15 @@ def attention(query, key, value, mask=None, logit_softcap=None):
 
 def _attention(query, key, value, mask, logit_softcap):
     num_heads, head_dim = query.shape[2:]
-    num_kv_heads = key.shape[2]
+    num_kv_heads = key.shape[1]
     query_length = ops.shape(query)[1]
     group = (-1, query_length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     query = ops.reshape(query, group)  # (B, T, K, G, H)
-    logits = _backend.einsum_float32("btkgh,bskh->bkgts", query, key)
+    logits = _backend.einsum_float32("btkgh,bksh->bkgts", query, key)
     if logit_softcap is not None:
         logits = ops.tanh(logits / logit_softcap) * logit_softcap
     if mask is not None:
         logits = ops.where(mask[:, None, None], logits, _MASKED_LOGIT)
     probs = ops.cast(ops.softmax(logits, axis=-1), value.dtype)  # (B, K, G, T, S)
-    output = ops.einsum("bkgts,bskh->btkgh", probs, value)
+    output = ops.einsum("bkgts,bksh->btkgh", probs, value)
     return ops.reshape(output, (-1, query_length, num_heads, head_dim))

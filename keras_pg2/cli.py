@@ -129,7 +129,7 @@ def _run_task(options):
 
     import keras_pg2
     from keras_pg2.checkpoints import io
-    from keras_pg2.preprocessing import image_levels
+    from keras_pg2.preprocessing import image_pixels
 
     if options.preset is None:
         _report(f"the preset is {_TINY}, which knows digits and shapes alone; see --preset")
@@ -143,7 +143,7 @@ def _run_task(options):
             images = {}
             for path in paths[start : start + options.batch_size]:
                 try:
-                    images[path] = Image.fromarray(image_levels(path).round().astype("uint8"))
+                    images[path] = Image.fromarray(image_pixels(path))
                 except (ValueError, OSError) as error:
                     if len(paths) == 1:
                         raise

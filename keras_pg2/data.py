@@ -23,7 +23,7 @@ import tqdm
 from PIL import Image
 
 from keras_pg2.checkpoints import io
-from keras_pg2.preprocessing import image_levels
+from keras_pg2.preprocessing import image_pixels
 from keras_pg2.segmentation import SegmentationCodec, encode_segmentation, location_tokens
 
 _logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def write_jsonl(path, examples, *, overwrite=False):
             if not os.path.isfile(image):
                 raise ValueError(f"There is no picture {os.fspath(image)!r}.")
             return os.path.relpath(image, folder).replace(os.sep, "/")
-        levels = np.round(image_levels(image)).astype("uint8")
+        levels = image_pixels(image)
         digest = hashlib.sha256(repr(levels.shape).encode() + levels.tobytes()).hexdigest()
         relative = f"{image_folder}/{digest[:32]}.png"
         if not os.path.exists(os.path.join(folder, relative)):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from keras_pg2.preprocessing import image_levels
+from keras_pg2.preprocessing import image_pixels
 
 _MASK_OPACITY = 0.45
 _TEXT_SHARE = 0.032  # height of letters, of the mean side of the picture
@@ -33,7 +33,7 @@ def draw(image, detections):
     Example:
         >>> keras_pg2.draw("cat.jpg", model.detect("cat.jpg", "cat")).save("drawn.png")
     """
-    levels = image_levels(image)
+    levels = image_pixels(image).astype("float32")
     height, width = levels.shape[:2]
     if (width, height) != (detections.width, detections.height):
         raise ValueError(

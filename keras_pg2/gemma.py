@@ -53,7 +53,7 @@ class GemmaAttention(layers.Layer):
         x: float (B, T, D).
         attention_mask: bool (B, T, S); S is T without a cache, its length with one.
         rotary: cos and sin of the positions of `x`, see `rotary_angles`.
-        cache: None, or key and value, each float (B, S, K, H).
+        cache: None, or key and value, each float (B, K, S, H).
         cache_index: int32 scalar, where in the cache the T tokens are written.
 
     Returns:
@@ -83,11 +83,12 @@ class GemmaAttention(layers.Layer):
         key = ops.reshape(self.key(x), (-1, length, config.num_kv_heads, config.head_dim))
         value = ops.reshape(self.value(x), (-1, length, config.num_kv_heads, config.head_dim))
         query = apply_rotary(query, *rotary) * config.query_pre_attn_scalar**-0.5
-        key = ops.cast(apply_rotary(key, *rotary), self.compute_dtype)
-        value = ops.cast(value, self.compute_dtype)
+        # Heads first: so TPUs and GPUs want the cache, and would copy any other.
+        key = ops.swapaxes(ops.cast(apply_rotary(key, *rotary), self.compute_dtype), 1, 2)
+        value = ops.swapaxes(ops.cast(value, self.compute_dtype), 1, 2)
         if cache is not None:
-            key = _backend.write(cache[0], key, cache_index)
-            value = _backend.write(cache[1], value, cache_index)
+            key = _backend.write(cache[0], key, cache_index, axis=2)
+            value = _backend.write(cache[1], value, cache_index, axis=2)
             cache = (key, value)
         output = attention(query, key, value, attention_mask, config.attn_logit_softcap)
         output = ops.reshape(output, (-1, length, config.num_heads * config.head_dim))
@@ -263,7 +264,7 @@ class GemmaDecoder(layers.Layer):
     def empty_cache(self, batch_size, length):
         """Zeros for `length` tokens: a list of `(key, value)` per block."""
         config = self.config
-        shape = (batch_size, length, config.num_kv_heads, config.head_dim)
+        shape = (batch_size, config.num_kv_heads, length, config.head_dim)
         return [
             (ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype))
             for _ in self.blocks

@@ -409,7 +409,7 @@ class PaliGemma2(keras.Model):
         Returns:
             logits: float32 (B, V), of the token after the last one.
             hidden: float (B, T, D), after the final norm, at the text positions.
-            cache: dict of "layers", a list of `(key, value)` per block, each (B, S, K, H), and
+            cache: dict of "layers", a list of `(key, value)` per block, each (B, K, S, H), and
                 "blocks" int32, "positions" int32 and "valid" bool of the S tokens, each (B, S).
         """
         x, sequence = self._embed(inputs)

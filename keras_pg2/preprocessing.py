@@ -1,6 +1,7 @@
 """Pictures, prompts and answers to the arrays that the model reads. NumPy and Pillow only."""
 
 import concurrent.futures
+import math
 import os
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from keras_pg2.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_INTERPOLATIONS = ("bicubic", "bilinear")
 _IMAGE_TYPES = "a path, a PIL image, or an array: uint8 in [0, 255] or float in [0, 1]"
 
 
@@ -34,9 +35,9 @@ class Preprocessor:
     """
 
     def __init__(self, tokenizer, image_size, sequence_length=None, interpolation="bilinear"):
-        if interpolation not in _RESAMPLING:
+        if interpolation not in _INTERPOLATIONS:
             raise ValueError(
-                f"`interpolation` must be one of {sorted(_RESAMPLING)}. "
+                f"`interpolation` must be one of {list(_INTERPOLATIONS)}. "
                 f"Received: interpolation={interpolation!r}"
             )
         if sequence_length is None:
@@ -74,20 +75,14 @@ class Preprocessor:
             ValueError: if the picture cannot be read, has no pixels, or is an array of
                 another rank, dtype or range.
         """
-        size = (self.image_size, self.image_size)
-        resampling = _RESAMPLING[self.interpolation]
         if self.interpolation == "bicubic":
-            levels = np.clip(np.round(image_levels(image)), 0, 255).astype("uint8")
-            return (
-                np.asarray(Image.fromarray(levels).resize(size, resampling), "float32") / 127.5 - 1
-            )
-        channels = [
-            Image.fromarray(channel).resize(size, resampling)
-            for channel in np.moveaxis(image_levels(image), -1, 0)
-        ]
+            size = (self.image_size, self.image_size)
+            resized = Image.fromarray(image_pixels(image)).resize(size, Image.Resampling.BICUBIC)
+            return np.asarray(resized, "float32") / 127.5 - 1
+        levels = _resize_height(image_levels(image), self.image_size)
+        levels = _resize_height(levels.swapaxes(0, 1), self.image_size).swapaxes(0, 1)
         # big_vision casts back to uint8, which truncates; the tolerance absorbs rounding.
-        levels = np.floor(np.stack(channels, axis=-1) + 1e-3)
-        return np.clip(levels, 0, 255).astype("float32") / 127.5 - 1
+        return np.clip(np.floor(levels + 1e-3), 0, 255) / np.float32(127.5) - 1
 
     def load_images(self, examples):
         """Pictures of several examples, read in parallel threads.
@@ -299,8 +294,39 @@ def image_size(image):
     raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r}")
 
 
+def _resize_height(levels, height):
+    """Bilinear with antialiasing along one axis: a triangle over the rows that a new one covers.
+
+    Args:
+        levels: uint8 or float32 (H, W, 3).
+        height: int.
+
+    Returns:
+        float32 (height, W, 3), contiguous.
+    """
+    rows = levels.reshape(len(levels), -1)
+    step = len(rows) / height
+    reach = max(step, 1)
+    outputs = np.empty((height, rows.shape[1]), "float32")
+    for start in range(0, height, 16):  # a product of few new rows with the old ones near them
+        centers = (np.arange(start, min(start + 16, height)) + 0.5) * step
+        first = max(int(centers[0] - reach), 0)
+        near = rows[first : math.ceil(centers[-1] + reach)]
+        distances = centers[:, None] - (np.arange(first, first + len(near)) + 0.5)
+        weights = np.maximum(1 - np.abs(distances) / reach, 0)
+        weights /= weights.sum(axis=1, keepdims=True)
+        outputs[start : start + 16] = weights.astype("float32") @ near.astype("float32")
+    return outputs.reshape(height, *levels.shape[1:])
+
+
+def image_pixels(image):
+    """One picture, see `Preprocessor.load_image`, to uint8 (H, W, 3)."""
+    levels = image_levels(image)
+    return levels if levels.dtype == "uint8" else np.round(levels).clip(0, 255).astype("uint8")
+
+
 def image_levels(image):
-    """One picture to float32 (H, W, 3) in [0, 255]."""
+    """One picture to uint8 or float32 (H, W, 3) in [0, 255]."""
     if isinstance(image, (str, os.PathLike)):
         with _opened(image) as opened:
             return _pil_levels(opened, repr(os.fspath(image)))
@@ -320,7 +346,7 @@ def image_levels(image):
     if 0 in image.shape:
         raise ValueError(f"An image must have at least one pixel. {received}")
     if image.dtype == np.uint8:
-        levels = image.astype("float32")
+        levels = image
     elif np.issubdtype(image.dtype, np.floating):
         if not np.isfinite(image).all():
             raise ValueError(f"`images` must not contain NaN or infinity. {received}")
@@ -360,7 +386,7 @@ def _pil_levels(image, name):
         if image.mode.startswith("I"):
             grey = np.asarray(image).astype("float32")
             image = Image.fromarray(grey / 257 if grey.max() > 255 else grey)  # 16 or 8 bits
-        return np.asarray(image.convert("RGB"), "float32")
+        return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"The image {name} is damaged or of an unknown kind: {error}. Can another program "

@@ -39,7 +39,7 @@ class SiglipAttention(layers.Layer):
         query = ops.reshape(self.query(x), heads) * config.head_dim**-0.5
         key = ops.cast(ops.reshape(self.key(x), heads), self.compute_dtype)
         value = ops.cast(ops.reshape(self.value(x), heads), self.compute_dtype)
-        output = attention(query, key, value)  # (B, P, N, H)
+        output = attention(query, ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2))
         return self.output_projection(ops.reshape(output, (-1, ops.shape(x)[1], config.width)))
 
     def compute_output_shape(self, input_shape):

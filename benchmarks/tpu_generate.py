@@ -1,0 +1,197 @@
+"""Arithmetic and memory traffic of generation on TPUs, by the TPU compiler; no TPU is needed.
+
+    pip install --no-deps --target TPU "libtpu==0.0.42.*"
+    PYTHONPATH=TPU python benchmarks/tpu_generate.py [--batch 1 64] [--dtype bfloat16]
+
+Compiles the two programs of `generate` for 3B-224 on one v5e chip: prefill of 256 image tokens and
+32 of text, and decoding with a cache of 384 tokens, of which the compiler counts one step. Beside
+the prefill's FLOPs stands the least that the architecture needs, two for each weight and token and
+for each pair of query and key that may see each other.
+
+Beside the bytes of a step stand those of the decoder's weights, as they are stored, and of the
+cache. The compiler's own sum counts a weight three times that it brings into the memory of the chip
+ahead of its use, and the whole embedding when a row of it is looked up. So what moves between HBM
+and the chip is also summed up here, from the instructions of the compiled program.
+"""
+
+import argparse
+import math
+import os
+import re
+import time
+
+os.environ.update(
+    KERAS_BACKEND="jax",
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+)
+
+import jax
+import keras
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import keras_pg2
+from keras_pg2 import _backend, generation
+
+GIB = 2**30
+TEXT_LENGTH, CACHE_LENGTH = 32, 384
+
+
+def least_flops(config, batch_size):
+    """Of the prefill, with logits of the last position alone."""
+    vision, text = config.vision, config.text
+    patches = vision.num_tokens
+    tokens = patches + TEXT_LENGTH
+    patch_width = 3 * vision.patch_size**2
+    block = 4 * vision.width**2 + 2 * vision.width * vision.mlp_dim
+    weights = patch_width * vision.width + vision.depth * block + vision.width * text.width
+    pairs = vision.depth * 2 * patches * vision.width
+    total = patches * (weights + pairs)
+    heads = 2 * text.num_heads + 2 * text.num_kv_heads
+    block = text.width * (heads * text.head_dim + 3 * text.mlp_dim)
+    pairs = 2 * tokens * text.num_heads * text.head_dim
+    total += tokens * text.depth * (block + pairs) + text.vocab_size * text.width
+    return 2 * batch_size * total
+
+
+def hbm_bytes(program):
+    """Bytes that the loop of a compiled program moves from and to HBM in one turn."""
+    computations, name = {}, None
+    for line in program.splitlines():
+        header = re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line)
+        if header:
+            name = header[1]
+            computations[name] = []
+        found = re.match(r"\s+(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)", line)
+        if found:
+            computations[name].append(found.groups())
+    (body,) = re.findall(r" while\(.*body=%?([\w.-]+)", program)
+    types = {name: type for name, type, *_ in computations[body]}
+    total = 0
+    for _, type, operation, operands, options in computations[body]:
+        operands = re.findall(r"%([\w.-]+)", operands)
+        if operation in ("copy-start", "slice-start"):  # what arrives, and left HBM
+            total += sum(size for size, is_in_hbm in _arrays(type) if not is_in_hbm)
+        elif operation == "fusion":
+            called = computations[re.search(r"calls=%?([\w.-]+)", options)[1]]
+            total += sum(size for size, is_in_hbm in _arrays(type) if is_in_hbm)
+            for i, operand in enumerate(operands):
+                ((size, is_in_hbm),) = _arrays(types[operand])
+                total += min(size, _sliced_bytes(called, i)) if is_in_hbm else 0
+        elif operation in ("dynamic-update-slice", "convolution", "copy", "reshape"):
+            changed = operands[1:2] if operation == "dynamic-update-slice" else operands
+            sizes = [array for operand in changed for array in _arrays(types[operand])]
+            sizes += [] if operation == "dynamic-update-slice" else _arrays(type)
+            total += sum(size for size, is_in_hbm in sizes if is_in_hbm)
+    return total
+
+
+def _arrays(type):
+    """(bytes, whether it lies in HBM) of each array of a type such as "(bf16[8,2]{…S(1)}, …)"."""
+    widths = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
+    return [
+        (math.prod(map(int, filter(None, shape.split(",")))) * widths[dtype], "S(" not in layout)
+        for dtype, shape, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", type)
+        if dtype in widths
+    ]
+
+
+def _sliced_bytes(instructions, index):
+    """Bytes of a fusion's operand that are read, if slices are all that it is used for."""
+    (name,) = [name for name, _, op, i, _ in instructions if op == "parameter" and i == str(index)]
+    users = [
+        (operation, type)
+        for _, type, operation, operands, _ in instructions
+        if name in re.findall(r"%([\w.-]+)", operands)
+    ]
+    if all(operation == "dynamic-slice" for operation, _ in users):
+        return sum(size for _, type in users for size, _ in _arrays(type))
+    return math.inf
+
+
+def compile_programs(batch_size, dtype):
+    device = topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices[0]
+    config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b", 224)
+    with _backend.variables_without_values():
+        model = keras_pg2.PaliGemma2(config, dtype=dtype)
+    sharding = SingleDeviceSharding(device)
+
+    def placed(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=sharding), tree
+        )
+
+    def with_values(function):
+        def program(values, *args):
+            with keras.StatelessScope(state_mapping=zip(model.variables, values)):
+                return function(*args)
+
+        return program
+
+    def prefill(inputs):
+        length = CACHE_LENGTH - config.vision.num_tokens
+        return generation._prefill(model, generation.Greedy(), inputs, {}, CACHE_LENGTH, length)
+
+    def advance(state, limit):
+        return generation._advance(model, generation.Greedy(), state, limit)
+
+    values = placed([np.broadcast_to(np.zeros((), v.dtype), v.shape) for v in model.variables])
+    shape = (batch_size, TEXT_LENGTH)
+    inputs = {
+        "images": jax.ShapeDtypeStruct((batch_size, 224, 224, 3), "float32"),
+        "token_ids": jax.ShapeDtypeStruct(shape, "int32"),
+        "padding_mask": jax.ShapeDtypeStruct(shape, "bool"),
+        "suffix_mask": jax.ShapeDtypeStruct(shape, "bool"),
+    }
+    start = time.perf_counter()
+    compiled_prefill = jax.jit(with_values(prefill)).lower(values, placed(inputs)).compile()
+    prefill_seconds = time.perf_counter() - start
+    state = placed(jax.eval_shape(with_values(prefill), values, inputs))
+    limit = jax.ShapeDtypeStruct((), "int32", sharding=sharding)
+    start = time.perf_counter()
+    decode = jax.jit(with_values(advance), donate_argnums=1)
+    compiled_decode = decode.lower(values, state, limit).compile()
+    decode_seconds = time.perf_counter() - start
+    cache_bytes = sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state["cache"])
+    )
+    weight_bytes = sum(
+        math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.text.variables
+    )
+    flops = compiled_prefill.cost_analysis()["flops"]
+    num_bytes = compiled_decode.cost_analysis()["bytes accessed"]
+    moved = hbm_bytes(compiled_decode.as_text())
+    memory = compiled_decode.memory_analysis()
+    least = least_flops(config, batch_size)
+    print(
+        f"| {batch_size} | {flops / 1e12:.3f} | {least / 1e12:.3f} | {flops / least:.3f} | "
+        f"{compiled_prefill.memory_analysis().temp_size_in_bytes / GIB:.2f} | "
+        f"{num_bytes / 1e9:.3f} | {moved / 1e9:.3f} | {(weight_bytes + cache_bytes) / 1e9:.3f} | "
+        f"{moved / (weight_bytes + cache_bytes):.3f} | {cache_bytes / GIB:.3f} | "
+        f"{memory.alias_size_in_bytes / GIB:.3f} | {memory.temp_size_in_bytes / GIB:.3f} | "
+        f"{prefill_seconds:.0f} + {decode_seconds:.0f} |",
+        flush=True,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", nargs="*", type=int, default=[1, 64])
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    columns = (
+        "batch | prefill TFLOP | least | ratio | temporaries GiB | decode step GB, compiler | "
+        "HBM | weights + cache | HBM's ratio | cache GiB | aliased | temporaries | compiled in s"
+    )
+    print(f"| {columns} |")
+    print("|---" * 13 + "|", flush=True)
+    for batch_size in options.batch:
+        compile_programs(batch_size, options.dtype)
+
+
+if __name__ == "__main__":
+    main()
