@@ -108,7 +108,7 @@ def _sliced_bytes(instructions, index):
         for _, type, operation, operands, _ in instructions
         if name in re.findall(r"%([\w.-]+)", operands)
     ]
-    if all(operation == "dynamic-slice" for operation, _ in users):
+    if all(operation in ("dynamic-slice", "gather") for operation, _ in users):
         return sum(size for _, type in users for size, _ in _arrays(type))
     return math.inf
 

@@ -37,6 +37,14 @@ else:
 # Compiled programs --------------------------------------------------------------------------
 
 
+_state = threading.local()
+
+
+def in_program():
+    """Whether this thread runs, or traces, one of a model's programs."""
+    return getattr(_state, "in_program", False)
+
+
 class Programs:
     """Compiled functions of a model, made once each and kept with the model.
 
@@ -83,7 +91,11 @@ class Programs:
                 def traced(*args):
                     if IS_COMPILED:
                         self.compilations.append(name)
-                    return function(*args)
+                    _state.in_program = True
+                    try:
+                        return function(*args)
+                    finally:
+                        _state.in_program = False
 
                 updated = [] if sampler is None else sampler.variables
                 self._programs[name] = _compile(model, traced, updated, donate)
@@ -398,20 +410,54 @@ def matmul_transposed_float32(x, matrix):
     if BACKEND == "jax":
         return jnp.einsum("...d,vd->...v", x, matrix, preferred_element_type="float32")
     is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
-    if is_float32 or BACKEND == "tensorflow":
+    if is_float32 or BACKEND == "tensorflow" or torch.is_grad_enabled():
         x, matrix = ops.cast(x, "float32"), ops.cast(matrix, "float32")
         return ops.matmul(x, ops.transpose(matrix))
-    rows = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cuda" and not torch.is_grad_enabled():
-        logits = torch.mm(rows, matrix.t(), out_dtype=torch.float32)
+    rows, columns = x.reshape(-1, x.shape[-1]), matrix.t()
+    if x.device.type == "cuda":
+        logits = torch.mm(rows, columns, out_dtype=torch.float32)
     else:
-        # For a single token, parts that stay in the cache of a CPU core; for many, fewer waits.
-        size = 2048 if len(rows) <= 8 else 32_768
-        parts = [
-            torch.nn.functional.linear(rows.float(), part.float()) for part in matrix.split(size)
-        ]
-        logits = torch.cat(parts, dim=-1)
+        # A CPU rounds results. What was rounded off is a second product less the first; it takes
+        # less time than float32 copies of the matrix.
+        with _products_of(rows):
+            rounded = torch.mm(rows, columns)
+            logits = rounded.float() + torch.addmm(rounded, rows, columns, beta=-1).float()
     return logits.reshape(*x.shape[:-1], -1)
+
+
+def matmul(x, kernel):
+    """`ops.matmul(x, kernel)`, faster for a single row on torch and a CPU.
+
+    Args:
+        x: float (..., in).
+        kernel: variable or tensor (in, out) of the dtype of `x`.
+
+    Returns:
+        float (..., out).
+    """
+    if BACKEND != "torch" or torch.is_grad_enabled():
+        return ops.matmul(x, kernel)
+    is_variable = isinstance(kernel, keras.Variable)
+    matrix = kernel.value if is_variable else kernel
+    if x.device.type != "cpu" or x.numel() != x.shape[-1] or x.dtype == torch.float32:
+        return torch.matmul(x, matrix)
+    if is_variable and matrix.stride(0) != 1:
+        # Once: each output's weights beside each other. Not as a tensor that cannot be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix.data = matrix.data.t().contiguous().t()
+    with _products_of(x):
+        return torch.matmul(x, matrix)
+
+
+@contextlib.contextmanager
+def _products_of(rows):
+    """oneDNN reads the weights at half the rate of torch's own code if there is but one row."""
+    is_enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = is_enabled and rows.numel() != rows.shape[-1]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = is_enabled
 
 
 def fastest_dtype():

@@ -5,10 +5,10 @@ from keras import activations, layers, ops
 
 from keras_pg2 import _backend
 from keras_pg2.attention import apply_rotary, attention, rotary_angles
-from keras_pg2.linear import Linear, StepSeed, TokenEmbedding, activation_dtype
+from keras_pg2.linear import DirectCall, Linear, StepSeed, TokenEmbedding, activation_dtype
 
 
-class RMSNorm(layers.Layer):
+class RMSNorm(DirectCall, layers.Layer):
     """`x / √(mean(x²) + eps) · (1 + scale)` in float32.
 
     Args:
@@ -43,7 +43,7 @@ class RMSNorm(layers.Layer):
         return input_shape
 
 
-class GemmaAttention(layers.Layer):
+class GemmaAttention(DirectCall, layers.Layer):
     """Grouped-query self-attention with rotary embedding and an optional cache.
 
     Args:
@@ -99,7 +99,7 @@ def _gelu_times(gate, up):
     return activations.gelu(gate, approximate=True) * up
 
 
-class GemmaMLP(layers.Layer):
+class GemmaMLP(DirectCall, layers.Layer):
     """Gated MLP: `down(gelu(gate(x)) · up(x))`, GELU in its tanh form.
 
     Args:
@@ -132,7 +132,7 @@ class GemmaMLP(layers.Layer):
         return input_shape
 
 
-class GemmaBlock(layers.Layer):
+class GemmaBlock(DirectCall, layers.Layer):
     """Transformer block. Gemma 2 also normalises what attention and MLP add to the stream.
 
     Args:
@@ -191,7 +191,7 @@ class GemmaBlock(layers.Layer):
         return x + update, cache
 
 
-class GemmaDecoder(layers.Layer):
+class GemmaDecoder(DirectCall, layers.Layer):
     """Embedded sequence to hidden states, with `embed` before and `logits` after.
 
     Args:

@@ -5,10 +5,10 @@ from keras import activations, layers, ops
 
 from keras_pg2 import _backend
 from keras_pg2.attention import attention
-from keras_pg2.linear import Linear, activation_dtype
+from keras_pg2.linear import DirectCall, Linear, activation_dtype
 
 
-class SiglipAttention(layers.Layer):
+class SiglipAttention(DirectCall, layers.Layer):
     """Bidirectional multi-head attention with biases.
 
     Args:
@@ -50,7 +50,7 @@ def _gelu(x):
     return activations.gelu(x, approximate=True)
 
 
-class SiglipMLP(layers.Layer):
+class SiglipMLP(DirectCall, layers.Layer):
     """Two linear maps with a GELU (tanh form) between them.
 
     Args:
@@ -80,7 +80,7 @@ class SiglipMLP(layers.Layer):
         return input_shape
 
 
-class SiglipBlock(layers.Layer):
+class SiglipBlock(DirectCall, layers.Layer):
     """Transformer block: attention and MLP, each after a layer norm, each added to the stream.
 
     Args:
@@ -115,7 +115,7 @@ class SiglipBlock(layers.Layer):
         return input_shape
 
 
-class SiglipTower(layers.Layer):
+class SiglipTower(DirectCall, layers.Layer):
     """Patches of an image to contextual image tokens.
 
     Args:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_pg2 import PaliGemma2
+from keras_pg2 import PaliGemma2, _backend
 from keras_pg2.linear import Linear
 
 # Root mean square of the error of the logits, relative to that of the logits. The tiny weights are
@@ -135,3 +135,44 @@ def test_generation_in_low_precision(data, model, image, dtype):
     log_probs = ops.convert_to_numpy(ops.log_softmax(low(x), axis=-1))[0]
     expected = [log_probs[length - 1 + i, token] for i, token in enumerate(answer.token_ids)]
     np.testing.assert_allclose(answer.log_probs, expected, atol=0.5 if dtype == "bfloat16" else 0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_logits_are_not_rounded(dtype, num_rows):
+    """A bfloat16 near 10 is off by up to 0.03."""
+    rng = np.random.default_rng(0)
+    x = ops.cast(rng.normal(size=(num_rows, 64)) * 3, dtype)
+    matrix = ops.cast(rng.normal(size=(300, 64)), dtype)
+    x64, matrix64 = (ops.convert_to_numpy(ops.cast(t, "float32")) for t in (x, matrix))
+    logits = _backend.to_numpy(_program(_backend.matmul_transposed_float32, x, matrix))
+    assert logits.dtype == "float32"
+    np.testing.assert_allclose(logits, x64 @ matrix64.T, atol=1e-3)
+
+
+def test_a_single_row():
+    """Its product is the same, and the kernel, which may change its layout, trains on."""
+    layer = Linear(48, use_bias=False, dtype="bfloat16")
+    layer.build((None, 64))
+    before = ops.convert_to_numpy(ops.cast(layer.kernel, "float32"))
+    x = ops.cast(np.random.default_rng(0).normal(size=(1, 1, 64)), "bfloat16")
+    output = ops.cast(_program(layer, x), "float32")
+    expected = ops.convert_to_numpy(ops.cast(x, "float32"))[0, 0] @ before
+    np.testing.assert_allclose(ops.convert_to_numpy(output)[0, 0], expected, atol=0.03)
+    assert (ops.convert_to_numpy(ops.cast(layer.kernel, "float32")) == before).all()
+    layer.kernel.assign(before * 2)
+    doubled = ops.convert_to_numpy(ops.cast(layer(x), "float32"))[0, 0]
+    np.testing.assert_allclose(doubled, expected * 2, atol=0.06)
+    if _backend.BACKEND == "torch":
+        layer(x).float().sum().backward()
+        assert layer.kernel.value.grad.shape == (64, 48)
+
+
+def _program(function, *args):
+    """What the function returns without gradients, as in generation."""
+    if _backend.BACKEND != "torch":
+        return function(*args)
+    import torch
+
+    with torch.inference_mode():
+        return function(*args)
