@@ -381,7 +381,7 @@ def take_rows(x, places):
 
 
 def einsum_float32(equation, x, y):
-    """`ops.einsum` with a float32 result; on jax low-precision products accumulate in it.
+    """`ops.einsum` with a float32 result; jax, and tensorflow in float16, do not round before.
 
     Args:
         equation: str.
@@ -392,6 +392,8 @@ def einsum_float32(equation, x, y):
     """
     if BACKEND == "jax":
         return jnp.einsum(equation, x, y, preferred_element_type="float32")
+    if BACKEND == "tensorflow" and ops.dtype(x) == "float16":  # it adds up in float16 on a CPU
+        return ops.einsum(equation, ops.cast(x, "float32"), ops.cast(y, "float32"))
     return ops.cast(ops.einsum(equation, x, y), "float32")
 
 
