@@ -84,6 +84,13 @@ def grain_loader(columns):
     return grain.MapDataset.source(examples_of(columns)).to_iter_dataset()
 
 
+def grain_data_loader(columns):
+    grain = pytest.importorskip("grain")
+    rows = examples_of(columns)
+    sampler = grain.samplers.SequentialSampler(len(rows), grain.sharding.NoSharding())
+    return grain.DataLoader(data_source=rows, sampler=sampler)
+
+
 FORMS = {
     "columns": lambda columns: columns,
     "array": lambda columns: {**columns, "images": np.stack(columns["images"])},
@@ -99,6 +106,7 @@ FORMS = {
     },
     "DataLoader": data_loader,
     "grain": grain_loader,
+    "grain DataLoader": grain_data_loader,
 }
 
 
