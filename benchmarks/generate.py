@@ -4,7 +4,8 @@
 
 PaliGemma 2 at 224 px with the real vocabulary and random weights: "mid" has 8 blocks of 1,024, "3b"
 is the published size. The prompt is 8 tokens; greedy decoding. bfloat16 on torch, float32 on jax
-and tensorflow, which is fastest on a CPU. Each contestant runs in a process of its own, in turn.
+and tensorflow, which is fastest on a CPU; "-int8" and "-int4" have quantized weights, "-compiled"
+decodes with torch.compile. Each contestant runs in a process of its own, in turn.
 
 keras_hub gets its shortest possible lengths, and once ("keras_hub-default") its default sequence
 length, of which it computes every position. "Of the limit" is the rate at which decoding reads the
@@ -33,9 +34,11 @@ def model_inputs(options):
     return images, token_ids
 
 
-def keras_pg2_runner(options, dtype):
+def keras_pg2_runner(options, dtype, mode=None):
     """A function that generates n tokens."""
     model = peers.keras_pg2_model(options.size, dtype, options.image_size)
+    if mode is not None:
+        model.quantize(mode)
     images, token_ids = model_inputs(options)
 
     def run(num_tokens):
@@ -92,6 +95,8 @@ RUNNERS = {
     "keras_hub-default": lambda *args: keras_hub_runner(*args, DEFAULT_LENGTH),
     "keras_hub": keras_hub_runner,
     "keras_pg2": keras_pg2_runner,
+    "keras_pg2-int8": lambda *args: keras_pg2_runner(*args, "int8"),
+    "keras_pg2-int4": lambda *args: keras_pg2_runner(*args, "int4"),
 }
 
 

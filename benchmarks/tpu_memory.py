@@ -98,7 +98,8 @@ def peer_model(config):
             final_logit_soft_cap=30,
             dtype="bfloat16",
         )
-        model = keras_hub.models.PaliGemmaCausalLM(backbone=backbone, preprocessor=None)
+    model = keras_hub.models.PaliGemmaCausalLM(backbone=backbone, preprocessor=None)
+    with _backend.variables_without_values():
         backbone.enable_lora(4)
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

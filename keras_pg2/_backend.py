@@ -8,6 +8,7 @@ operands with a float32 result, and variables without values.
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import operator
 import threading
@@ -15,9 +16,11 @@ import threading
 import keras
 from keras import ops
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 BACKEND = keras.config.backend()
 IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
+_NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
     import jax
@@ -400,7 +403,8 @@ def einsum_float32(equation, x, y):
 def matmul_transposed_float32(x, matrix):
     """`x @ matrix.T` without rounding the result to the dtype of the operands.
 
-    The vocabulary has 257,152 logits, and bfloat16 tells only 22 values above 20 apart.
+    The vocabulary has 257,152 logits, and bfloat16 tells only 22 values above 20 apart. With
+    torch on a CPU a single row is rounded but for its largest results, see `refined`.
 
     Args:
         x: float (..., D).
@@ -418,6 +422,9 @@ def matmul_transposed_float32(x, matrix):
     rows, columns = x.reshape(-1, x.shape[-1]), matrix.t()
     if x.device.type == "cuda":
         logits = torch.mm(rows, columns, out_dtype=torch.float32)
+    elif len(rows) == 1:
+        with _products_of(rows):
+            return refined(torch.matmul(x, columns), x, lambda places: matrix[places].float())
     else:
         # A CPU rounds results. What was rounded off is a second product less the first; it takes
         # less time than float32 copies of the matrix.
@@ -462,6 +469,25 @@ def _products_of(rows):
         torch.backends.mkldnn.enabled = is_enabled
 
 
+def refined(rounded, x, take):
+    """The largest of many rounded products with a vector in float32.
+
+    Args:
+        rounded: float (..., R).
+        x: float (..., C), what was multiplied.
+        take: callable, from places int (n,) to rows of the matrix, float32 (n, C).
+
+    Returns:
+        float32 (..., R), of which the 512 largest of each row are exact.
+    """
+    products, rows = rounded.float(), x.float().reshape(-1, x.shape[-1])
+    count = min(_NUM_REFINED, products.shape[-1])
+    for product, row in zip(products.view(-1, products.shape[-1]), rows):
+        places = torch.topk(product, count, sorted=False).indices
+        product[places] = take(places) @ row
+    return products
+
+
 def fastest_dtype():
     """The dtype policy in which a model runs fastest on the default device."""
     if BACKEND == "torch":
@@ -491,9 +517,131 @@ def track_variables(model):
 
     Its modules keep a dict of their own, by which Keras clears the gradients.
     """
-    if BACKEND == "torch":
+    if BACKEND == "torch" and not in_stateless_scope():  # where they may have no values
         for layer in model._flatten_layers():
             layer._track_variables()
+
+
+# Quantized products, see quantization.py ----------------------------------------------------
+
+
+def int8_product(x, codes, scales):
+    """`x @ (codes · scales).T` by torch's own code for a few rows, or None where it has none.
+
+    Args:
+        x: float (..., C).
+        codes: int8 (R, C).
+        scales: bfloat16 (R,).
+
+    Returns:
+        bfloat16 (..., R), or None.
+    """
+    # Where C is no multiple of 16, torch 2.13 reads past the end.
+    if BACKEND != "torch" or codes.shape[1] % 16 or not _is_small(x):
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    return torch._weight_int8pack_mm(rows, codes, scales).view(*x.shape[:-1], -1)
+
+
+def int4_product(x, codes, scales, tile):
+    """The product with a matrix of int4, likewise.
+
+    Args:
+        x: bfloat16 (..., C).
+        codes: uint8 (R, C / 2) as `tile_int4` returns them.
+        scales: bfloat16 (groups, R, 2), scales and offsets.
+        tile: int or None, see `int4_tile`.
+    """
+    if tile is None or not _is_small(x):
+        return None
+    rows, group_size = x.reshape(-1, x.shape[-1]), x.shape[-1] // scales.shape[0]
+    products = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, scales)
+    return products.view(*x.shape[:-1], -1)
+
+
+def _is_small(x):
+    # From about 16 rows on, products with the matrix in the clear are faster.
+    is_small = x.numel() <= 8 * x.shape[-1] and x.dtype == torch.bfloat16
+    return is_small and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def int4_tile(codes):
+    """How many rows torch's product of int4 wants beside each other in memory.
+
+    Args:
+        codes: uint8 (R, C / 2) tensor, where the product will run.
+
+    Returns:
+        int, or None for the plain layout.
+    """
+    is_on_cpu = BACKEND == "torch" and codes.device.type == "cpu"
+    return _torch_int4_tile() if is_on_cpu else None
+
+
+@functools.cache
+def _torch_int4_tile():
+    values = torch.randint(16, (128, 32), generator=torch.Generator().manual_seed(0))
+    codes = (values[:, ::2] | values[:, 1::2] << 4).to(torch.uint8)
+    try:
+        expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+    except (AttributeError, RuntimeError):
+        return None
+    for tile in (64, 32):  # with AVX-512, and with AVX2
+        if torch.equal(tile_int4(codes, tile), expected.view_as(codes)):
+            return tile
+    return None
+
+
+def tile_int4(codes, tile):
+    """Bytes as torch's product of int4 wants them.
+
+    Args:
+        codes: uint8 (R, C / 2), the even column in the lower half of a byte.
+        tile: int or None, see `int4_tile`.
+
+    Returns:
+        uint8 (R, C / 2). Of each tile of rows, first the first column, then the second and so
+        on; a byte holds one row of the first half of a tile, and above it one of the second.
+    """
+    if tile is None:
+        return codes
+    tiled, num_columns = torch.empty_like(codes), 2 * codes.shape[1]
+    parts = zip(codes.split(16 * tile), tiled.split(16 * tile))
+    for part, target in parts:  # of what fits in a cache
+        values = torch.stack([part & 15, part >> 4], dim=-1).view(-1, 2, tile // 2, num_columns)
+        halves = values[:, 0] | values[:, 1] << 4
+        target.view(-1, num_columns, tile // 2).copy_(halves.transpose(1, 2))
+    return tiled
+
+
+def unpack_int4(codes, tile=None):
+    """Codes uint8 (..., C), 0 … 15, of bytes (..., C / 2) before or after `tile_int4`."""
+    if tile is None:
+        shifts = ops.convert_to_tensor([0, 4], "uint8")
+        values = ops.bitwise_and(ops.right_shift(codes[..., None], shifts), 15)
+        return ops.reshape(values, (*ops.shape(codes)[:-1], -1))
+    num_columns = 2 * codes.shape[1]
+    tiles = codes.view(-1, num_columns, tile // 2).transpose(1, 2)
+    return torch.stack([tiles & 15, tiles >> 4], dim=1).view(-1, num_columns)
+
+
+def take_int4(codes, rows, tile):
+    """Rows of a matrix by their numbers.
+
+    Args:
+        codes: uint8 (R, C / 2) as `tile_int4` returns them.
+        rows: int (...).
+        tile: int or None, see `int4_tile`.
+
+    Returns:
+        uint8 (..., C), 0 … 15.
+    """
+    if tile is None:
+        return unpack_int4(ops.take(codes, rows, axis=0))
+    tiles = codes.view(-1, 2 * codes.shape[1], tile // 2)
+    row = rows % tile
+    found = tiles[rows // tile, :, row % (tile // 2)]
+    return found >> (4 * (row >= tile // 2)).to(torch.uint8)[..., None] & 15
 
 
 # Variables without values -------------------------------------------------------------------

@@ -100,15 +100,16 @@ def rotary_angles(positions, head_dim, base):
         base: float, the largest wavelength is `2π · base`.
 
     Returns:
-        cos, sin: float32 (B, T, 1, H / 2), whatever the dtype policy: bfloat16 cannot
-        tell position 257 from 258.
+        cos, sin: float32 (B, T, 1, H), whatever the dtype policy: bfloat16 cannot tell position
+        257 from 258. Both halves of the cosines are the same, and of the sines opposite.
 
     Source: big_vision `models/ppp/gemma.py`, `_apply_rope`.
     """
     exponents = ops.arange(0, head_dim, 2, dtype="float32") / head_dim
     frequencies = 1.0 / ops.power(ops.cast(base, "float32"), exponents)
     angles = ops.cast(positions, "float32")[:, :, None, None] * frequencies
-    return ops.cos(angles), ops.sin(angles)
+    cos, sin = ops.cos(angles), ops.sin(angles)
+    return ops.concatenate([cos, cos], axis=-1), ops.concatenate([-sin, sin], axis=-1)
 
 
 def apply_rotary(x, cos, sin):
@@ -116,13 +117,13 @@ def apply_rotary(x, cos, sin):
 
     Args:
         x: float (B, T, N, H).
-        cos, sin: float32 (B, T, 1, H / 2), from `rotary_angles`.
+        cos, sin: float32 (B, T, 1, H), from `rotary_angles`.
 
     Returns:
         float32 (B, T, N, H).
     """
-    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x = ops.cast(x, "float32")
+    return x * cos + ops.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
 
 def attention(query, key, value, mask=None, logit_softcap=None):

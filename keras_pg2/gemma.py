@@ -5,7 +5,7 @@ from keras import activations, layers, ops
 
 from keras_pg2 import _backend
 from keras_pg2.attention import apply_rotary, attention, rotary_angles
-from keras_pg2.linear import DirectCall, Linear, StepSeed, TokenEmbedding, activation_dtype
+from keras_pg2.linear import DirectCall, Linear, StepSeed, TokenEmbedding
 
 
 class RMSNorm(DirectCall, layers.Layer):
@@ -18,7 +18,7 @@ class RMSNorm(DirectCall, layers.Layer):
         x: float (..., D).
 
     Returns:
-        float (..., D) in `activation_dtype(compute_dtype)`.
+        float (..., D) in the dtype of `x`.
 
     Source: big_vision `models/ppp/gemma.py`, `RMSNorm`.
     """
@@ -34,10 +34,8 @@ class RMSNorm(DirectCall, layers.Layer):
         return _backend.recomputed(self._normalize)(x, ops.convert_to_tensor(self.scale))
 
     def _normalize(self, x, scale):
-        x = ops.cast(x, "float32")
-        x = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.eps)
-        x = x * (1.0 + ops.cast(scale, "float32"))
-        return ops.cast(x, activation_dtype(self.compute_dtype))
+        scale = 1.0 + ops.cast(scale, "float32")
+        return ops.rms_normalization(x, scale, epsilon=self.eps)
 
     def compute_output_shape(self, input_shape):
         return input_shape

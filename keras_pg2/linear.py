@@ -1,7 +1,7 @@
 """Linear maps: `Linear`, a Dense safe in float16, and `TokenEmbedding`, tied both ways."""
 
-import contextlib
 import dataclasses
+import functools
 import math
 import numbers
 import random
@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_pg2 import _backend
+from keras_pg2.quantization import Quantizable, QuantizedMatrix, unlocked
 
 
 def activation_dtype(compute_dtype):
@@ -55,11 +56,10 @@ class DirectCall:
     def __call__(self, *args, **kwargs):
         if not _backend.in_program():
             return super().__call__(*args, **kwargs)
-        call = self.call if self.quantization_mode is None else self.quantized_call
-        return call(*args, **kwargs)
+        return self.call(*args, **kwargs)
 
 
-class Linear(DirectCall, keras.layers.Dense):
+class Linear(Quantizable, DirectCall, keras.layers.Dense):
     """Dense over the last axis, kernel `(in, out)`, with LoRA computed factored.
 
     In float16 each row is scaled by a power of two before the product, so that neither the
@@ -67,7 +67,7 @@ class Linear(DirectCall, keras.layers.Dense):
 
     With LoRA the output is `x·W + b + alpha / rank · dropout(x)·A·B`; `W + A·B` is never made,
     where Keras' Dense makes it in every step. Dense's own `lora_enabled` stays False, so its code
-    sees the plain kernel, quantized or not. Files hold W, A and B apart, W unmerged always.
+    sees the plain kernel. Files hold W, A and B apart, W unmerged always.
 
     Args:
         units: int, size of the output.
@@ -99,13 +99,9 @@ class Linear(DirectCall, keras.layers.Dense):
         self._unmerged_kernel = None
 
     def call(self, inputs, training=None):
-        outputs = self._matmul(inputs, self._kernel)
+        outputs = self._matmul(inputs, self.quantized or self._kernel)
         if self.bias is not None:
             outputs = outputs + ops.cast(self.bias, outputs.dtype)
-        return self._add_lora(outputs, inputs, training)
-
-    def quantized_call(self, inputs, training=None):
-        outputs = super().quantized_call(inputs, training=training)
         return self._add_lora(outputs, inputs, training)
 
     def compute_output_spec(self, inputs, training=None):
@@ -114,16 +110,20 @@ class Linear(DirectCall, keras.layers.Dense):
         )
 
     def _matmul(self, inputs, kernel):
-        if kernel.dtype != self.compute_dtype:
-            kernel = ops.cast(kernel, self.compute_dtype)
+        if isinstance(kernel, QuantizedMatrix):
+            multiply = kernel.multiply
+        else:
+            if kernel.dtype != self.compute_dtype:
+                kernel = ops.cast(kernel, self.compute_dtype)
+            multiply = functools.partial(_backend.matmul, kernel=kernel)
         if self.compute_dtype != "float16":
-            return _backend.matmul(ops.cast(inputs, self.compute_dtype), kernel)
+            return multiply(ops.cast(inputs, self.compute_dtype))
         inputs = ops.cast(inputs, "float32")
         largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
         # The largest input becomes 1/32: sums of many products must fit too.
         exponent = ops.ceil(ops.log2(ops.maximum(largest, 1e-30))) + 5
         scale = ops.power(2.0, exponent)
-        outputs = _backend.matmul(ops.cast(inputs / scale, "float16"), kernel)
+        outputs = multiply(ops.cast(inputs / scale, "float16"))
         return ops.cast(outputs, "float32") * scale
 
     def _add_lora(self, outputs, inputs, training):
@@ -162,7 +162,7 @@ class Linear(DirectCall, keras.layers.Dense):
         with self._open_name_scope(), unlocked(self):
             self.lora_kernel_a = self.add_weight(
                 name="lora_kernel_a",
-                shape=(self._kernel.shape[0], rank),
+                shape=(self.input_spec.axes[-1], rank),
                 # uniform in ±1/√in, as PEFT's kaiming_uniform with a = √5
                 initializer=keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform"),
                 dtype="float32",
@@ -175,7 +175,8 @@ class Linear(DirectCall, keras.layers.Dense):
             )
             if dropout:
                 self._dropout_seed = StepSeed()
-        self._kernel.trainable = False
+        if self.quantized is None:
+            self._kernel.trainable = False
         self.lora = options
 
     def merge_lora(self):
@@ -248,24 +249,27 @@ class Linear(DirectCall, keras.layers.Dense):
 
     # Quantization and saving, as Keras asks for it
 
-    def quantize(self, mode=None, type_check=True, config=None):
-        if mode != "int8":
-            # The exception that Keras' `Model.quantize` expects: it warns and goes on.
-            raise NotImplementedError(
-                f"Linear can be quantized to 'int8' alone. Received: mode={mode!r}"
-            )
+    matrix_name, _is_transposed = "kernel", True
+
+    @property
+    def kernel(self):
+        """The variable (in, units), or what a quantized kernel stands for, a tensor."""
+        if self.quantized is None:
+            return self._kernel
+        return ops.transpose(self.quantized.values(self.compute_dtype))
+
+    def make_quantized(self, mode, group_size):
         if self.is_merged:
             raise ValueError("Call `unmerge_lora()` or `drop_lora()` before `quantize`.")
-        with self._open_name_scope():  # else the new variables lose their path
-            super().quantize(mode, type_check=False, config=config)
+        super().make_quantized(mode, group_size)
 
     def save_own_variables(self, store):
-        if not self.is_merged:
-            super().save_own_variables(store)
-        else:
+        if self.is_merged:
             store["0"] = ops.convert_to_tensor(self._unmerged_kernel, dtype=self._kernel.dtype)
-            if self.bias is not None:
-                store["1"] = self.bias
+        elif self.quantized is None:
+            store["0"] = self._kernel
+        if self.bias is not None:
+            store["1"] = self.bias
         if self.lora is not None:
             store["lora_kernel_a"] = self.lora_kernel_a
             store["lora_kernel_b"] = self.lora_kernel_b
@@ -273,16 +277,22 @@ class Linear(DirectCall, keras.layers.Dense):
     def load_own_variables(self, store):
         if self.is_merged:
             raise ValueError(f"LoRA of {self.path!r} is merged. Call `unmerge_lora()` first.")
-        names, has_lora = list(store.keys()), self.lora is not None
+        expected = {"0"} if self.quantized is None else set()
+        expected |= {"1"} if self.bias is not None else set()
+        expected |= {"lora_kernel_a", "lora_kernel_b"} if self.lora else set()
         # Keras tries again under other paths, where it finds nothing, and shows the last error.
-        if not names or ("lora_kernel_a" in names) != has_lora:
+        if set(store.keys()) != expected:
             raise ValueError(
                 f"The file does not fit the layer {self.path!r}, which has "
-                f"{'LoRA' if has_lora else 'no LoRA'}. Load a file with LoRA after `enable_lora` "
-                "with the options it was saved with, and a file without LoRA before it."
+                f"{'LoRA' if self.lora else 'no LoRA'} and is "
+                f"{'quantized' if self.quantized else 'not quantized'}. Load a file after "
+                "`enable_lora` and `quantize` with the options it was saved with, and not before."
             )
-        super().load_own_variables(store)
-        if has_lora:
+        if self.quantized is None:
+            self._kernel.assign(store["0"])
+        if self.bias is not None:
+            self.bias.assign(store["1"])
+        if self.lora:
             self.lora_kernel_a.assign(store["lora_kernel_a"])
             self.lora_kernel_b.assign(store["lora_kernel_b"])
 
@@ -320,17 +330,7 @@ def _is_number(x):
     return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
-@contextlib.contextmanager
-def unlocked(layer):
-    """Keras forbids new variables in a layer that is built."""
-    layer._tracker.unlock()
-    try:
-        yield
-    finally:
-        layer._tracker.lock()
-
-
-class TokenEmbedding(DirectCall, keras.layers.ReversibleEmbedding):
+class TokenEmbedding(Quantizable, DirectCall, keras.layers.ReversibleEmbedding):
     """Token embedding whose transpose maps hidden states back to token logits.
 
     Args:
@@ -356,10 +356,45 @@ class TokenEmbedding(DirectCall, keras.layers.ReversibleEmbedding):
     def call(self, inputs, reverse=False):
         if reverse:
             inputs = ops.cast(inputs, self.compute_dtype)
+            if self.quantized is not None:
+                return self.quantized.multiply(inputs, in_float32=True)
             return _backend.matmul_transposed_float32(inputs, self.matrix())
-        embedded = ops.cast(ops.take(self.embeddings, inputs, axis=0), "float32")
+        if self.quantized is not None:
+            embedded = self.quantized.take(inputs)
+        else:
+            embedded = ops.cast(ops.take(self.embeddings, inputs, axis=0), "float32")
         return ops.cast(embedded * self.output_dim**0.5, activation_dtype(self.compute_dtype))
 
     def matrix(self):
         """The embeddings (V, D) in the dtype of products."""
+        if self.quantized is not None:
+            return self.quantized.values(self.compute_dtype)
         return ops.cast(self.embeddings, self.compute_dtype)
+
+    # Quantization and saving, as Keras asks for it
+
+    matrix_name = "embeddings"
+
+    @property
+    def is_trainable(self):
+        """Whether the embeddings are."""
+        return self.quantized is None and self._embeddings.trainable
+
+    @property
+    def embeddings(self):
+        """The variable (V, D), or what a quantized one stands for, a tensor."""
+        return self._embeddings if self.quantized is None else self.matrix()
+
+    def save_own_variables(self, store):
+        if self.quantized is None:
+            store["0"] = self._embeddings
+
+    def load_own_variables(self, store):
+        if ("0" in store) != (self.quantized is None):
+            raise ValueError(
+                f"The file does not fit the layer {self.path!r}, which is "
+                f"{'quantized' if self.quantized else 'not quantized'}. Load a file after "
+                "`quantize` with the options it was saved with, and not before."
+            )
+        if self.quantized is None:
+            self._embeddings.assign(store["0"])

@@ -18,9 +18,10 @@ from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, 
 from keras_pg2.checkpoints import adapters, io, presets
 from keras_pg2.config import PaliGemmaConfig
 from keras_pg2.gemma import GemmaDecoder
-from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype, unlocked
+from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype
 from keras_pg2.losses import token_losses
 from keras_pg2.preprocessing import Preprocessor, batch_examples, image_size
+from keras_pg2.quantization import group_size_of, unlocked
 from keras_pg2.segmentation import SegmentationCodec
 from keras_pg2.siglip import SiglipTower
 from keras_pg2.tokenizer import EOS_ID, Tokenizer
@@ -111,7 +112,9 @@ class PaliGemma2(keras.Model):
         self.build()
 
     @classmethod
-    def from_preset(cls, preset, *, dtype="auto", image_size=None, tokenizer=None, **changes):
+    def from_preset(
+        cls, preset, *, dtype="auto", quantize=None, image_size=None, tokenizer=None, **changes
+    ):
         """A model with the weights of a checkpoint, recognised by its content.
 
         Args:
@@ -121,6 +124,9 @@ class PaliGemma2(keras.Model):
             dtype: dtype policy or its name; weights are cast while they are read. "auto" is
                 bfloat16 on accelerators and with torch, and float32 with JAX and TensorFlow
                 on a CPU, where their bfloat16 products are over ten times slower.
+            quantize: None, "int8", "int4" or a `QuantizationConfig`: how to quantize each weight
+                as soon as it is read, see `quantize`. The whole model is never in memory in the
+                clear.
             image_size: int or None. If it differs from the checkpoint's, the position embedding
                 is resampled, as big_vision does before training at another resolution.
             tokenizer: Tokenizer, path of a `tokenizer.model` or `tokenizer.json`, or None for
@@ -137,6 +143,7 @@ class PaliGemma2(keras.Model):
 
         Example:
             >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-3b-mix-224")
+            >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-10b-mix-448", quantize="int4")
         """
         checkpoint = presets.find_checkpoint(preset)
         weights = checkpoint.weights()
@@ -154,9 +161,12 @@ class PaliGemma2(keras.Model):
             size = config.vision.image_size
             preprocessor = Preprocessor(tokenizer, size, **checkpoint.preprocessing)
         policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
-        reading = _read(weights, policy.variable_dtype)  # begins while the model is made
+        # Reading begins while the model is made, unless that must tell how to read.
+        reading = None if quantize else _read(weights, policy.variable_dtype)
         with _backend.variables_without_values():
             model = cls(config, preprocessor, dtype=policy)
+            if quantize:
+                model.quantize(**{"mode" if isinstance(quantize, str) else "config": quantize})
         model._assign(weights, reading)
         if checkpoint.codec is not None:
             model.use_codec(checkpoint.codec)
@@ -171,19 +181,28 @@ class PaliGemma2(keras.Model):
         Raises:
             ValueError: if paths or shapes differ; nothing is changed then.
         """
-        self._assign(weights, _read(weights, self.variable_dtype))
+        self._assign(weights)
 
-    def _assign(self, weights, reading):
+    def _assign(self, weights, reading=None):
         variables = {k: v for k, v in self.variables_by_path().items() if not _is_seed(k)}
-        wrong = sorted(set(variables) ^ set(weights)) + [
-            f"{path}: expected {variables[path].shape}, found {weights[path].shape}"
-            for path in sorted(set(variables) & set(weights))
-            if tuple(variables[path].shape) != weights[path].shape
+        shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
+        layers = self._quantized_layers()
+        for path, layer in layers.items():
+            shapes = {k: v for k, v in shapes.items() if not k.startswith(f"{path}/quantized/")}
+            shapes[f"{path}/{layer.matrix_name}"] = layer.matrix_shape
+        wrong = sorted(set(shapes) ^ set(weights)) + [
+            f"{path}: expected {shapes[path]}, found {weights[path].shape}"
+            for path in sorted(set(shapes) & set(weights))
+            if shapes[path] != weights[path].shape
         ]
         if wrong:
             raise ValueError(f"These weights do not fit the model: {', '.join(wrong)}")
-        for path, tensor in reading:
-            _backend.set_value(variables[path], tensor)
+
+        for path, value in reading or _read(weights, self.variable_dtype, layers):
+            if path in variables:
+                _backend.set_value(variables[path], value)
+            else:
+                layers[path.rpartition("/")[0]].quantized.assign(*value)
         for variable in self.variables:  # seeds
             if variable._value is None:
                 variable._deferred_initialize()
@@ -196,7 +215,7 @@ class PaliGemma2(keras.Model):
         """
         layers = self._linear_layers()
         kernels = {f"{path}/kernel": layer for path, layer in layers.items()}
-        if any(layer.quantization_mode for layer in self._flatten_layers()):
+        if self._quantized_layers():
             raise ValueError(
                 "A quantized model cannot be written in this format. Save it before `quantize`, "
                 "or write a `.keras` file with `model.save`."
@@ -213,7 +232,7 @@ class PaliGemma2(keras.Model):
                 read=functools.partial(read, path, variable),
             )
             for path, variable in self.variables_by_path().items()
-            if not _is_lora_or_seed(path)
+            if not _is_extra(path)
         }
 
     def save_to_preset(self, folder, *, overwrite=False):
@@ -340,7 +359,7 @@ class PaliGemma2(keras.Model):
             shares / ops.maximum(num_examples, 1),
             softcap=self.config.text.final_logit_softcap,
             label_smoothing=self.label_smoothing,
-            train_embeddings=self.text.embedding.embeddings.trainable,
+            train_embeddings=self.text.embedding.is_trainable,
         )
         return {
             "loss": loss,
@@ -1395,9 +1414,57 @@ class PaliGemma2(keras.Model):
         """
         adapters.load_adapter(self, folder)
 
-    def quantize(self, mode=None, config=None, **kwargs):
-        super().quantize(mode, config=config, **kwargs)
+    def quantize(self, mode=None, config=None, filters=None):
+        """Turns weights into small integers with scales. Activations keep their dtype.
+
+        A quantized model takes half ("int8") or a quarter ("int4") of the memory of bfloat16. It
+        generates, and is trained by LoRA; its weights themselves are frozen for good. `save`
+        writes it as it is.
+
+        Args:
+            mode: "int8", with a scale for each output of a layer; or "int4", with a scale and an
+                offset for every 128 inputs of each output.
+            config: None; or a `keras.quantizers.Int4QuantizationConfig`, whose `block_size` (32,
+                64, 128 or 256) stands for the 128.
+            filters: regex, or list of them, that the paths of layers must match, such as "text/";
+                or a callable from a layer to bool. By default all linear layers of both towers,
+                the projector and the token embedding are quantized; norms never are.
+
+        Raises:
+            ValueError: if an option is out of range, or no layer matches that is not quantized.
+
+        Example:
+            >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-3b-mix-224")
+            >>> model.quantize("int4")
+        """
+        patterns = [filters] if isinstance(filters, str) else filters
+        layers = {k: v for k, v in self._quantizable_layers().items() if v.quantized is None}
+        if callable(filters):
+            matching = {path: layer for path, layer in layers.items() if filters(layer)}
+        else:
+            matching = {
+                path: layer
+                for path, layer in layers.items()
+                if patterns is None or any(re.search(regex, path) for regex in patterns)
+            }
+        if not matching:
+            raise ValueError(
+                "`filters` must match a layer that is not quantized yet, as "
+                f"{list(layers)[:3]}. Received: filters={filters!r}"
+            )
+        group_size_of(mode, config)  # raises before anything is changed
+        for layer in matching.values():
+            layer.quantize(mode, config=config)
         self._renew_programs()
+
+    def _check_quantize_args(self, mode, compute_dtype):
+        pass  # `quantize` checks them; here Keras would forbid to quantize the rest later
+
+    def _quantizable_layers(self):
+        return {**self._linear_layers(), "text/embedding": self.text.embedding}
+
+    def _quantized_layers(self):
+        return {k: v for k, v in self._quantizable_layers().items() if v.quantized is not None}
 
     def _linear_layers(self):
         layers = [layer for layer in self._flatten_layers() if isinstance(layer, Linear)]
@@ -1432,10 +1499,15 @@ class PaliGemma2(keras.Model):
             config["lora"] = {
                 path: dataclasses.asdict(layer.lora) for path, layer in layers.items()
             }
+        if layers := self._quantized_layers():
+            config["quantized"] = {
+                path: {"mode": layer.quantized.mode, "group_size": layer.quantized.group_size}
+                for path, layer in layers.items()
+            }
         config["frozen"] = [
             path
             for path, variable in self.variables_by_path().items()
-            if not variable.trainable and not _is_lora_or_seed(path)
+            if not variable.trainable and not _is_extra(path)
         ]
         config["remat"] = [name for name in ("vision", "text") if getattr(self, name).use_remat]
         return config
@@ -1443,12 +1515,16 @@ class PaliGemma2(keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
-        lora, frozen, remat = (config.pop(name, ()) for name in ("lora", "frozen", "remat"))
+        names = ("quantized", "lora", "frozen", "remat")
+        quantized, lora, frozen, remat = (config.pop(name, ()) for name in names)
         model = cls(PaliGemmaConfig.from_dict(config.pop("config")), **config)
+        layers = model._quantizable_layers()
+        for path in quantized:
+            layers[path].make_quantized(**quantized[path])
         if lora:
             model.enable_lora_on({path: LoraOptions(**options) for path, options in lora.items()})
         for path, variable in model.variables_by_path().items():
-            if not _is_lora_or_seed(path):
+            if not _is_extra(path):
                 variable.trainable = path not in frozen
         model.enable_remat(tuple(remat))
         return model
@@ -1502,8 +1578,9 @@ def _is_seed(path):
     return path.endswith("/seed_generator_state")
 
 
-def _is_lora_or_seed(path):
-    return "/lora_kernel_" in path or _is_seed(path)
+def _is_extra(path):
+    """Whether a variable is none of the checkpoint's."""
+    return "/lora_kernel_" in path or "/quantized/" in path or _is_seed(path)
 
 
 class _Watch(keras.callbacks.Callback):
@@ -1553,15 +1630,22 @@ def _refuse_weights(options):
         )
 
 
-def _read(weights, dtype):
-    """An iterator over path and tensor of each of `weights`; reading begins at once."""
+def _read(weights, dtype, quantized=()):
+    """An iterator over path and tensor of each of `weights`; reading begins at once.
+
+    For the matrix of a layer in `quantized`, a dict by path, it gives what its `encode` returns.
+    """
+
+    def read(path):
+        layer, _, name = path.rpartition("/")
+        array = weights[path].read()
+        if layer in quantized and name == quantized[layer].matrix_name:
+            return path, quantized[layer].encode(array)
+        return path, _backend.from_numpy(array, dtype)
+
     # Largest first: while the embedding is copied, nothing else is in memory yet.
     paths = sorted(weights, key=lambda path: -weights[path].num_bytes)
-    return _backend.prefetch(
-        lambda path: (path, _backend.from_numpy(weights[path].read(), dtype)),
-        [(path,) for path in paths],
-        threads=2,
-    )
+    return _backend.prefetch(read, [(path,) for path in paths], threads=2)
 
 
 def _each(prompt, texts, lang):

@@ -1,0 +1,323 @@
+"""Weight-only quantization: a matrix as small integers with scales; activations keep their dtype.
+
+"int8" has a scale for each row, "int4" a scale and an offset for each group of columns of a row:
+
+    int8:  value = code · scale                   code in -127 … 127
+    int4:  value = (code - 8) · scale + offset    code in 0 … 15, two of them in a byte
+
+Rows are outputs: a kernel (in, out) is quantized as its transpose.
+"""
+
+import contextlib
+
+import keras
+import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" once this is imported
+import numpy as np
+from keras import ops
+
+from keras_pg2 import _backend
+
+GROUP_SIZES = (32, 64, 128, 256)
+_ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
+_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # elements in the clear at a time
+
+
+def group_size_of(mode, config):
+    """The group size that a `keras.quantizers.QuantizationConfig` asks for.
+
+    Args:
+        mode: str.
+        config: QuantizationConfig or None.
+
+    Returns:
+        int, or None for "int8".
+
+    Raises:
+        ValueError: if mode, quantizer or group size is another than we have.
+    """
+    if mode not in ("int8", "int4"):
+        raise ValueError(f"`mode` must be 'int8' or 'int4'. Received: mode={mode!r}")
+    if getattr(config, "weight_quantizer", None) is not None:
+        raise ValueError(
+            "`weight_quantizer` has no effect here: leave it out. Received: "
+            f"weight_quantizer={config.weight_quantizer!r}"
+        )
+    if mode == "int8":
+        return None
+    size = getattr(config, "block_size", 128)
+    if size not in GROUP_SIZES:
+        raise ValueError(
+            f"`block_size` of `Int4QuantizationConfig` must be one of {GROUP_SIZES}. Received: "
+            f"block_size={size}"
+        )
+    return size
+
+
+class QuantizedMatrix(keras.layers.Layer):
+    """A matrix (R, C) of quantized rows.
+
+    Args:
+        num_rows: int, R.
+        num_columns: int, C.
+        mode: "int8" or "int4".
+        group_size: int, columns that share a scale, or None for "int8".
+
+    Attributes:
+        codes: int8 (R, C); or uint8 (R, C / 2) with R and C rounded up to whole tiles and groups,
+            the even column in the lower half of a byte. With torch on a CPU the bytes may lie in
+            memory as its product wants them; in files they lie as said.
+        scales: bfloat16 (R,); or (groups, R, 2), scales and offsets.
+
+    Source: what torch's `_weight_int8pack_mm` and `_weight_int4pack_mm` read.
+    """
+
+    def __init__(self, num_rows, num_columns, mode, group_size=None, **kwargs):
+        super().__init__(autocast=False, trainable=False, **kwargs)
+        self.num_rows, self.num_columns = num_rows, num_columns
+        self.mode, self.group_size = mode, group_size
+        self._tile = None  # see `_backend.int4_tile`
+
+    def build(self, input_shape=None):
+        codes, scales = (self.num_rows, self.num_columns), (self.num_rows,)
+        if self.mode == "int4":
+            rows = -(-self.num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+            groups = -(-self.num_columns // self.group_size)
+            codes, scales = (rows, groups * self.group_size // 2), (groups, rows, 2)
+        dtype = "int8" if self.mode == "int8" else "uint8"
+        options = {"initializer": "zeros", "trainable": False}
+        self.codes = self.add_weight(name="codes", shape=codes, dtype=dtype, **options)
+        self.scales = self.add_weight(name="scales", shape=scales, dtype="bfloat16", **options)
+
+    def encode(self, matrix):
+        """Codes and scales, as in files, of a float NumPy array (R, C) of any dtype."""
+        codes = np.zeros(self.codes.shape, self.codes.dtype)
+        scales = np.zeros(self.scales.shape, "bfloat16")
+        encode = _encode_int8 if self.mode == "int8" else _encode_int4
+        for start in range(0, self.num_rows, _ROW_MULTIPLE):  # what fits in a CPU's cache
+            part = slice(start, min(start + _ROW_MULTIPLE, self.num_rows))
+            values = np.asarray(matrix[part], "float32")
+            of_part = (slice(None), part) if self.mode == "int4" else part
+            codes[part], scales[of_part] = encode(values, self.group_size)
+        return codes, scales
+
+    def assign(self, codes, scales):
+        """Sets codes and scales, NumPy arrays as in files, which must not be used again."""
+        codes = _backend.from_numpy(codes, self.codes.dtype)
+        if self.mode == "int4":
+            self._tile = _backend.int4_tile(codes)
+            codes = _backend.tile_int4(codes, self._tile)
+        _backend.set_value(self.codes, codes)
+        _backend.set_value(self.scales, _backend.from_numpy(scales, "bfloat16"))
+
+    def multiply(self, x, in_float32=False):
+        """`x` times the transposed matrix.
+
+        Args:
+            x: float (..., C).
+            in_float32: bool, whether the result is not rounded to the dtype of `x`; where it is
+                nevertheless, only the largest are exact, see `_backend.refined`.
+
+        Returns:
+            float (..., R).
+        """
+        if not _backend.needs_gradients():
+            return self._multiply(x, self.codes.value, self.scales.value, in_float32)
+
+        @ops.custom_gradient  # keeps codes for the gradient, not the matrix in the clear
+        def product(x, codes, scales):
+            def gradient(*args, upstream=None):
+                upstream = ops.cast(args[0] if upstream is None else upstream, x.dtype)
+                return self._multiply_back(upstream, codes, scales), None, None
+
+            return self._multiply(x, codes, scales, in_float32), gradient
+
+        return product(x, *map(ops.convert_to_tensor, (self.codes, self.scales)))
+
+    def take(self, rows):
+        """float32 (..., C), rows of the matrix by their numbers, int (...)."""
+        if self.mode == "int8":
+            scales = ops.take(self.scales, rows, axis=0)[..., None]
+            return _times(ops.take(self.codes, rows, axis=0), scales, "float32")
+        codes = _backend.take_int4(self.codes.value, rows, self._tile)
+        return self._decode(codes, ops.take(self.scales, rows, axis=1), "float32")
+
+    def values(self, dtype):
+        """float (R, C), the matrix."""
+        parts = self._parts(self.codes.value, self.scales.value, dtype)
+        return ops.concatenate(
+            [x if scale is None else _times(x, scale[:, None], dtype) for x, scale in parts]
+        )
+
+    def save_own_variables(self, store):
+        codes = ops.convert_to_numpy(self.codes)
+        if self._tile is not None:
+            codes = _packed(
+                ops.convert_to_numpy(_backend.unpack_int4(self.codes.value, self._tile))
+            )
+        store["codes"] = codes
+        store["scales"] = self.scales
+
+    def load_own_variables(self, store):
+        self.assign(np.array(store["codes"]), np.array(store["scales"]).astype("bfloat16"))
+
+    def _multiply(self, x, codes, scales, in_float32):
+        if self.mode == "int8":
+            rounded = _backend.int8_product(x, codes, scales)
+        else:
+            rounded = _backend.int4_product(self._padded(x), codes, scales, self._tile)
+        if rounded is not None:
+            rounded = rounded[..., : self.num_rows]
+            return _backend.refined(rounded, x, self.take) if in_float32 else rounded
+        product = _backend.matmul_transposed_float32 if in_float32 else _matmul_transposed
+        outputs = []
+        for matrix, scale in self._parts(codes, scales, x.dtype):
+            output = product(x, matrix)
+            outputs.append(output if scale is None else _times(output, scale, output.dtype))
+        return ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+
+    def _multiply_back(self, y, codes, scales):
+        """`y` float (..., R) times the matrix, (..., C)."""
+        total, start = 0.0, 0
+        for matrix, scale in self._parts(codes, scales, y.dtype):
+            part = y[..., start : start + matrix.shape[0]]
+            part = part if scale is None else _times(part, scale, y.dtype)
+            total = total + ops.matmul(part, matrix)
+            start += matrix.shape[0]
+        return total
+
+    def _parts(self, codes, scales, dtype):
+        """The matrix in parts of some rows: float (r, C), and what its products must be scaled by.
+
+        Integers are exact in bfloat16 and casts are fused with products, so int8 is scaled after
+        them; not in float16, which the products would leave.
+        """
+        step = max(1, _MAX_DECODED // (self.num_columns * _ROW_MULTIPLE)) * _ROW_MULTIPLE
+        for start in range(0, self.num_rows, step):
+            stop = min(start + step, self.num_rows)
+            if self.mode == "int4":
+                rows = slice(start, -(-stop // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+                part = _backend.unpack_int4(codes[rows], self._tile)
+                yield self._decode(part, scales[:, rows], dtype)[: stop - start], None
+            elif keras.backend.standardize_dtype(dtype) == "float16":
+                yield _times(codes[start:stop], scales[start:stop, None], dtype), None
+            else:
+                yield ops.cast(codes[start:stop], dtype), scales[start:stop]
+
+    def _decode(self, codes, scales, dtype):
+        """float (..., C) of codes 0 … 15 (..., C) and scales (groups, ..., 2)."""
+        shape = ops.shape(codes)[:-1]
+        codes = ops.reshape(ops.cast(codes, dtype), (*shape, -1, self.group_size))
+        scales = ops.cast(ops.moveaxis(scales, 0, -2), dtype)  # (..., groups, 2)
+        values = (codes - 8) * scales[..., :1] + scales[..., 1:]
+        return ops.reshape(values, (*shape, -1))[..., : self.num_columns]
+
+    def _padded(self, x):
+        added = 2 * self.codes.shape[1] - self.num_columns
+        return ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, added)]) if added else x
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Keras forbids new variables in a layer that is built."""
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+
+
+class Quantizable:
+    """Mixin of layers whose one large matrix `quantize` replaces by a `QuantizedMatrix`.
+
+    Attributes:
+        quantized: QuantizedMatrix, or None before.
+    """
+
+    matrix_name = None  # name of the variable; with an underscore it is the attribute's
+    _is_transposed = False  # whether its rows are inputs
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.quantized = None
+
+    @property
+    def quantization_mode(self):
+        """str or None: "int8", "int4" or neither."""
+        return self.quantized and self.quantized.mode
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Replaces the matrix by integers, see `PaliGemma2.quantize`."""
+        group_size = group_size_of(mode, config)
+        matrix = getattr(self, f"_{self.matrix_name}")
+        values = None if matrix._value is None else ops.convert_to_numpy(matrix)
+        self.make_quantized(mode, group_size)
+        if values is not None:
+            self.quantized.assign(*self.encode(values))
+
+    def make_quantized(self, mode, group_size):
+        """Replaces the matrix by a quantized one, which is zero or, like it, without values."""
+        matrix = getattr(self, f"_{self.matrix_name}")
+        shape = matrix.shape[::-1] if self._is_transposed else matrix.shape
+        with unlocked(self), self._open_name_scope():  # else the new variables lose their path
+            self._untrack_variable(matrix)
+            setattr(self, f"_{self.matrix_name}", None)
+            self.quantized = QuantizedMatrix(
+                *shape, mode, group_size, name="quantized", dtype=self.dtype_policy
+            )
+            self.quantized.build()
+
+    @property
+    def matrix_shape(self):
+        """Shape that the matrix had."""
+        shape = (self.quantized.num_rows, self.quantized.num_columns)
+        return shape[::-1] if self._is_transposed else shape
+
+    def encode(self, values):
+        """What `quantized.assign` takes, of a float NumPy array shaped as the matrix was."""
+        return self.quantized.encode(values.T if self._is_transposed else values)
+
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+    def _check_quantize_args(self, mode, compute_dtype):
+        # In place of Keras', which forbids int8 in float16: it quantizes activations too.
+        if not self.built:
+            raise ValueError(f"Build the layer {self.name!r} before `quantize`.")
+        if self.quantized is not None:
+            raise ValueError(
+                f"The layer {self.path!r} is quantized to {self.quantization_mode} already."
+            )
+
+
+def _times(x, scale, dtype):
+    return ops.cast(ops.cast(x, "float32") * ops.cast(scale, "float32"), dtype)
+
+
+def _matmul_transposed(x, matrix):
+    return ops.matmul(x, ops.transpose(matrix))
+
+
+def _encode_int8(values, _):
+    """Codes int8 (r, C) and scales (r,) of float32 (r, C)."""
+    # Scales are rounded first, so that the codes make up for it.
+    scales = (np.abs(values).max(axis=1) / 127).astype("bfloat16")
+    divisors = np.where(scales == 0, 1, scales).astype("float32")[:, None]
+    return np.clip(np.rint(values / divisors), -127, 127).astype("int8"), scales
+
+
+def _encode_int4(values, group_size):
+    """Bytes (r, C / 2) and scales (groups, r, 2) of float32 (r, C)."""
+    groups = -(-values.shape[1] // group_size)
+    values = np.pad(values, ((0, 0), (0, groups * group_size - values.shape[1])))
+    values = values.reshape(len(values), groups, group_size)
+    lowest, highest = values.min(axis=2), values.max(axis=2)
+    scales = ((highest - lowest) / 15).astype("bfloat16")
+    divisors = np.where(scales == 0, 1, scales).astype("float32")
+    offsets = (lowest + 8 * scales.astype("float32")).astype("bfloat16")
+    codes = np.rint((values - offsets.astype("float32")[..., None]) / divisors[..., None]) + 8
+    codes = np.clip(codes, 0, 15).astype("uint8").reshape(len(values), -1)
+    return _packed(codes), np.stack([scales, offsets], axis=-1).swapaxes(0, 1)
+
+
+def _packed(codes):
+    return codes[:, ::2] | codes[:, 1::2] << 4

@@ -1,0 +1,284 @@
+"""Quantized matrices against NumPy; a quantized model answers, trains and is restored."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_pg2
+from keras_pg2 import _backend
+from keras_pg2.linear import Linear, TokenEmbedding
+
+TINY = "paligemma2-tiny-digits-112"
+DTYPES = ["float32", "bfloat16", "float16", "mixed_bfloat16"]
+# 588 inputs are not whole groups, 200 outputs not whole tiles.
+SHAPES = [(160, 96), (588, 200), (64, 64)]
+
+
+def _int4(block_size):
+    return {"config": keras.quantizers.Int4QuantizationConfig(block_size=block_size)}
+
+
+SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4"}, "int4/32": _int4(32)}
+
+
+def _numpy(x):
+    return ops.convert_to_numpy(ops.cast(x, "float32"))
+
+
+def _in_program(function, *args):
+    return _numpy(_without_gradients(function)(*args))
+
+
+def _without_gradients(function):
+    if _backend.BACKEND != "torch":
+        return function
+    import torch
+
+    return torch.inference_mode()(function)
+
+
+def _linear(shape, dtype, **scheme):
+    rng = np.random.default_rng(0)
+    layer = Linear(shape[1], dtype=dtype, name="layer")
+    layer.build((None, shape[0]))
+    layer.kernel.assign(rng.normal(size=shape) * 0.05 + 0.02)
+    layer.bias.assign(rng.normal(size=shape[1]))
+    kernel = _numpy(layer.kernel)
+    if scheme:
+        layer.quantize(**scheme)
+    return layer, kernel
+
+
+def _group_steps(kernel, size):
+    """The distance between two codes, for each element of a kernel (in, out)."""
+    groups = np.pad(kernel, ((0, -len(kernel) % size), (0, 0))).reshape(-1, size, kernel.shape[1])
+    steps = (groups.max(axis=1) - groups.min(axis=1)) / 15
+    return np.repeat(steps, size, axis=0)[: len(kernel)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_values_are_off_by_half_a_step(shape, scheme):
+    layer, kernel = _linear(shape, "float32", **SCHEMES[scheme])
+    steps = np.abs(kernel).max(axis=0) / 127
+    if scheme != "int8":
+        steps = _group_steps(kernel, 32 if scheme == "int4/32" else 128)
+    # Scales are rounded to bfloat16, by at most 1 / 256: of 127 steps, or of 15.
+    slack = 0.5 if scheme == "int8" else 0.15
+    assert (np.abs(_numpy(layer.kernel) - kernel) <= (0.5 + slack) * steps).all()
+    assert layer.quantization_mode == scheme[:4]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_products(shape, scheme, dtype, num_rows):
+    layer, _ = _linear(shape, dtype, **SCHEMES[scheme])
+    x = np.random.default_rng(1).normal(size=(num_rows, shape[0])).astype("float32")
+    if dtype != "float32":
+        x = _numpy(ops.cast(x, "bfloat16"))
+    expected = x @ _numpy(layer.kernel) + _numpy(layer.bias)
+    bound = {"float32": 1e-5, "float16": 2e-3}.get(dtype, 0.01) * np.abs(expected).max()
+    outputs = layer(x)
+    np.testing.assert_allclose(_numpy(outputs), expected, atol=bound)
+    # In programs torch has products of its own.
+    np.testing.assert_allclose(_in_program(layer, x), expected, atol=bound)
+
+
+def test_a_large_matrix_is_decoded_in_parts():
+    rng = np.random.default_rng(0)
+    layer = Linear(3000, use_bias=False, dtype="float32")
+    layer.build((None, 1024))
+    layer.kernel.assign(rng.normal(size=(1024, 3000)))
+    layer.quantize("int4")
+    x = rng.normal(size=(20, 1024)).astype("float32")
+    np.testing.assert_allclose(_numpy(layer(x)), x @ _numpy(layer.kernel), atol=2e-3)
+
+
+def test_equal_weights():
+    """A group without any difference, and one of zeros."""
+    layer = Linear(64, use_bias=False, dtype="float32")
+    layer.build((None, 64))
+    kernel = np.zeros((64, 64))
+    kernel[:32] = 0.75
+    layer.kernel.assign(kernel)
+    layer.quantize(**_int4(32))
+    np.testing.assert_array_equal(_numpy(layer.kernel), kernel)
+
+
+def test_torch_has_its_product_of_int4():
+    """Otherwise the tests above say nothing of it."""
+    if _backend.BACKEND != "torch":
+        pytest.skip("torch only")
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("needs a CPU with AVX2")
+    layer, _ = _linear((256, 128), "bfloat16", mode="int4")
+    tile = layer.quantized._tile
+    assert tile in (32, 64)
+    codes = layer.quantized.codes.value
+    values = _backend.unpack_int4(codes, tile)
+    plain = values[:, ::2] | values[:, 1::2] << 4
+    assert not torch.equal(codes, plain)
+    assert torch.equal(_backend.unpack_int4(plain), values)
+    assert torch.equal(_backend.tile_int4(plain, tile), codes)
+    x = torch.ones(2, 256, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        products = _backend.int4_product(x, codes, layer.quantized.scales.value, tile)
+    expected = _numpy(layer.kernel).sum(axis=0)
+    np.testing.assert_allclose(_numpy(products), [expected, expected], atol=0.1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(scheme, dtype):
+    rng = np.random.default_rng(0)
+    layer = TokenEmbedding(700, 96, dtype=dtype, name="embedding")
+    layer.build()
+    layer.embeddings.assign(rng.normal(size=(700, 96)))
+    layer.quantize(**SCHEMES[scheme])
+    matrix = layer.quantized.take(ops.arange(700))
+    np.testing.assert_allclose(_numpy(layer.matrix()), _numpy(matrix), rtol=0.01, atol=0.01)
+    token_ids = np.array([[0, 5, 70], [699, 31, 33]])
+    embedded = _in_program(layer, token_ids)
+    np.testing.assert_allclose(embedded, _numpy(matrix)[token_ids] * 96**0.5, rtol=0.005)
+    x = _numpy(ops.cast(rng.normal(size=(2, 96)), "bfloat16"))
+    logits = _in_program(lambda x: layer(x, reverse=True), x)
+    expected = x @ _numpy(matrix).T
+    np.testing.assert_allclose(logits, expected, atol=0.01 if dtype == "float32" else 0.2)
+    best = np.argsort(-expected)[:, :100]
+    if _backend.BACKEND == "torch" and dtype == "bfloat16":  # the largest are not rounded
+        close = np.take_along_axis(logits - expected, best, axis=1)
+        np.testing.assert_allclose(close, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradient_of_the_input(scheme):
+    layer, _ = _linear((588, 200), "float32", **SCHEMES[scheme])
+    x = np.random.default_rng(1).normal(size=(4, 588)).astype("float32")
+    expected = np.ones((4, 200)) @ _numpy(layer.kernel).T
+    if _backend.BACKEND == "torch":
+        import torch
+
+        tensor = torch.tensor(x, requires_grad=True)
+        layer(tensor).sum().backward()
+        gradient = tensor.grad.numpy()
+    elif _backend.BACKEND == "jax":
+        import jax
+
+        gradient = jax.grad(lambda x: layer(x).sum())(x)
+    else:
+        import tensorflow as tf
+
+        tensor = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(tensor)
+            total = tf.reduce_sum(layer(tensor))
+        gradient = tape.gradient(total, tensor)
+    np.testing.assert_allclose(_numpy(gradient), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4/32"])
+def test_layer_files(scheme, tmp_path):
+    layers = []
+    for seed in (0, 1):
+        model = keras.Sequential([keras.Input((588,)), Linear(200, dtype="bfloat16")])
+        model.layers[0].kernel.assign(np.random.default_rng(seed).normal(size=(588, 200)))
+        model.layers[0].quantize(**SCHEMES[scheme])
+        layers.append(model)
+    layers[0].save_weights(tmp_path / "model.weights.h5")
+    layers[1].load_weights(tmp_path / "model.weights.h5")
+    x = np.ones((2, 588), "float32")
+    np.testing.assert_array_equal(_numpy(layers[1](x)), _numpy(layers[0](x)))
+    plain = keras.Sequential([keras.Input((588,)), Linear(200)])
+    with pytest.raises(ValueError, match=r"is not quantized\. Load a file after"):
+        plain.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_layer_errors():
+    with pytest.raises(ValueError, match="Build the layer 'layer' before `quantize`"):
+        Linear(5, name="layer").quantize("int8")
+    layer, _ = _linear((64, 64), "float32")
+    with pytest.raises(
+        ValueError, match=r"`mode` must be 'int8' or 'int4'\. Received: mode='float8'"
+    ):
+        layer.quantize("float8")
+    with pytest.raises(ValueError, match=r"must be one of \(32, 64, 128, 256\). Received: .*=48"):
+        layer.quantize(**_int4(48))
+    quantizer = keras.quantizers.AbsMaxQuantizer(axis=0)
+    config = keras.quantizers.Int8QuantizationConfig(weight_quantizer=quantizer)
+    with pytest.raises(ValueError, match="`weight_quantizer` has no effect here"):
+        layer.quantize(config=config)
+    layer.quantize("int8")
+    with pytest.raises(ValueError, match="'layer' is quantized to int8 already"):
+        layer.quantize("int4")
+
+
+# The model
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return np.random.default_rng(0).integers(0, 255, (112, 112, 3), "uint8")
+
+
+def _log_probs(model, picture):
+    return model.score(picture, "caption en", ["a red 3", "a blue circle"])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4/32"])
+def test_loading_is_like_quantizing_later(scheme, picture, tmp_path):
+    plain = keras_pg2.PaliGemma2.from_preset(TINY, dtype="float32")
+    options = SCHEMES[scheme]
+    loaded = keras_pg2.PaliGemma2.from_preset(
+        TINY, dtype="float32", quantize=next(iter(options.values()))
+    )
+    expected = _log_probs(plain, picture)
+    plain.quantize(**options)
+    later, at_once = _log_probs(plain, picture), _log_probs(loaded, picture)
+    np.testing.assert_array_equal(at_once, later)
+    assert 0 < np.abs(later - expected).max() < (1 if scheme == "int8" else 6)
+    # Everything but norms, biases and positions is quantized.
+    left = [v.path for v in loaded.variables if v.dtype == "float32" and len(v.shape) > 1]
+    assert [path.rpartition("/")[2] for path in left] == ["position_embedding"]
+    loaded.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(_log_probs(restored, picture), at_once)
+    assert restored.text.blocks[0].mlp.up.quantized.group_size == (None if scheme == "int8" else 32)
+
+
+def test_filters_match_paths(picture):
+    model = keras_pg2.PaliGemma2.from_preset(TINY)
+    model.quantize("int8", filters="^vision/.*mlp")
+    vision, text = model.vision.blocks[0], model.text.blocks[0]
+    assert vision.mlp.up.quantization_mode == "int8"
+    assert vision.attention.query.quantization_mode is None
+    model.quantize("int4", filters=["^text/", "projector"])
+    assert text.mlp.up.quantization_mode == "int4"
+    assert model.text.embedding.quantization_mode == "int4"
+    model.quantize("int8", filters=lambda layer: layer.name == "query")
+    assert vision.attention.query.quantization_mode == "int8"
+    assert text.attention.query.quantization_mode == "int4"
+    assert isinstance(model.caption(picture), str)
+    with pytest.raises(ValueError, match="must match a layer that is not quantized yet"):
+        model.quantize("int8", filters="^text/")
+    with pytest.raises(ValueError, match="cannot be written in this format"):
+        model.save_to_preset("nowhere")
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_lora_on_a_quantized_model(mode, picture):
+    model = keras_pg2.PaliGemma2.from_preset(TINY, dtype="float32", quantize=mode)
+    before = {path: _numpy(v) for path, v in model.variables_by_path().items()}
+    model.enable_lora(4)
+    model.compile(keras.optimizers.Adam(0.01))
+    examples = [{"images": picture, "prompts": "answer en what?", "responses": "no"}] * 2
+    history = model.fit(examples, batch_size=2, epochs=6, verbose=0)
+    losses = history.history["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+    for path, value in before.items():
+        np.testing.assert_array_equal(_numpy(model.variables_by_path()[path]), value, err_msg=path)
+    assert model.answer(picture, "what?") == "no"
