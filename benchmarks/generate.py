@@ -34,11 +34,13 @@ def model_inputs(options):
     return images, token_ids
 
 
-def keras_pg2_runner(options, dtype, mode=None):
+def keras_pg2_runner(options, dtype, mode=None, is_compiled=False):
     """A function that generates n tokens."""
     model = peers.keras_pg2_model(options.size, dtype, options.image_size)
     if mode is not None:
         model.quantize(mode)
+    if is_compiled:
+        model.enable_torch_compile()
     images, token_ids = model_inputs(options)
 
     def run(num_tokens):
@@ -97,6 +99,8 @@ RUNNERS = {
     "keras_pg2": keras_pg2_runner,
     "keras_pg2-int8": lambda *args: keras_pg2_runner(*args, "int8"),
     "keras_pg2-int4": lambda *args: keras_pg2_runner(*args, "int4"),
+    "keras_pg2-compiled": lambda *args: keras_pg2_runner(*args, None, True),
+    "keras_pg2-int4-compiled": lambda *args: keras_pg2_runner(*args, "int4", True),
 }
 
 
@@ -195,7 +199,7 @@ def main():
         f"{package}/{backend}"
         for backend in options.backends
         for package in options.packages
-        if backend == "torch" or package != "transformers"
+        if backend == "torch" or not package.endswith(("transformers", "-compiled"))
     ]
     arguments = [
         f"--{name}={getattr(options, name.replace('-', '_'))}"

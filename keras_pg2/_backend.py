@@ -10,7 +10,9 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import logging
 import operator
+import os
 import threading
 
 import keras
@@ -18,6 +20,7 @@ from keras import ops
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+_LOG = logging.getLogger(__name__)
 BACKEND = keras.config.backend()
 IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
@@ -25,6 +28,7 @@ _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined
 if BACKEND == "jax":
     import jax
     import jax.numpy as jnp
+    from jax.experimental.compilation_cache import compilation_cache as jax_cache
 elif BACKEND == "tensorflow":
     import tensorflow as tf
 elif BACKEND == "torch":
@@ -52,13 +56,17 @@ class Programs:
     """Compiled functions of a model, made once each and kept with the model.
 
     jax and tensorflow compile a program once per set of input shapes; torch runs it eagerly,
-    without gradients.
+    without gradients, or compiles the steps of its loops.
+
+    Args:
+        compile_steps: bool, whether torch compiles the steps of loops.
 
     Attributes:
         compilations: list of str, the name of a program for each time it was traced.
     """
 
-    def __init__(self):
+    def __init__(self, compile_steps=False):
+        self.compile_steps = compile_steps
         self.compilations = []
         self._programs = {}
         self._variables = []
@@ -89,12 +97,16 @@ class Programs:
             if not is_same or (sampler is not None and sampler is not self._sampler):
                 self._programs = {}
                 self._variables, self._sampler = variables, sampler
+                if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
+                    for variable in variables:
+                        if variable.name == "kernel":
+                            _lay_out(variable)
             if name not in self._programs:
 
                 def traced(*args):
                     if IS_COMPILED:
                         self.compilations.append(name)
-                    _state.in_program = True
+                    _state.in_program, _state.compile_steps = True, self.compile_steps
                     try:
                         return function(*args)
                     finally:
@@ -105,10 +117,10 @@ class Programs:
             return self._programs[name]
 
     def __deepcopy__(self, memo):
-        return Programs()
+        return Programs(self.compile_steps)
 
     def __reduce__(self):
-        return (Programs, ())
+        return (Programs, (self.compile_steps,))
 
 
 def _compile(model, function, updated, donate):
@@ -163,12 +175,30 @@ def compiled(function):
     """
     if BACKEND != "torch":
         return function
+    return _torch_compile(function)
+
+
+def _torch_compile(function):
     # Each block of each batch size counts as another form of the same function.
     torch._dynamo.config.recompile_limit = 256
     return torch.compile(function, dynamic=False)
 
 
-def loop(step, state, max_steps, is_done):
+def compilation_cache(folder):
+    """Keeps compiled programs in a folder from now on, for later processes. See `from_preset`."""
+    folder = os.path.abspath(os.path.expanduser(folder))
+    if BACKEND == "jax":
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax_cache.reset_cache()  # which jax otherwise decides on at its first program
+    elif BACKEND == "torch":
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    else:  # what tensorflow 2.21 has itself reports errors when it reads on a CPU
+        _LOG.warning("`compilation_cache` has no effect with tensorflow.")
+
+
+def loop(step, state, max_steps, is_done, num_rows):
     """Applies `state = step(state)` up to `max_steps` times, stopping early.
 
     Args:
@@ -176,17 +206,22 @@ def loop(step, state, max_steps, is_done):
         state: nested structure of tensors.
         max_steps: int32 scalar tensor, or int.
         is_done: callable, from state to bool scalar tensor.
+        num_rows: int, rows that the products in a step have.
 
     Returns:
         The last state.
     """
     if BACKEND == "torch":
-        for count in range(int(max_steps)):
-            # On an accelerator each look at the device costs a wait.
-            done = is_done(state)
-            if (count % 8 == 0 or not done.is_cuda) and bool(done):
-                break
-            state = step(state)
+        is_compiled = _state.compile_steps
+        step = _torch_compile(step) if is_compiled else step
+        # Compiled code does not choose the products itself, see `matmul`.
+        with _products_of(num_rows) if is_compiled else contextlib.nullcontext():
+            for count in range(int(max_steps)):
+                # On an accelerator each look at the device costs a wait.
+                done = is_done(state)
+                if (count % 8 == 0 or not done.is_cuda) and bool(done):
+                    break
+                state = step(state)
         return state
     _, state = ops.while_loop(
         lambda count, state: ops.logical_and(count < max_steps, ops.logical_not(is_done(state))),
@@ -423,14 +458,13 @@ def matmul_transposed_float32(x, matrix):
     if x.device.type == "cuda":
         logits = torch.mm(rows, columns, out_dtype=torch.float32)
     elif len(rows) == 1:
-        with _products_of(rows):
+        with _products_of(1):
             return refined(torch.matmul(x, columns), x, lambda places: matrix[places].float())
     else:
         # A CPU rounds results. What was rounded off is a second product less the first; it takes
         # less time than float32 copies of the matrix.
-        with _products_of(rows):
-            rounded = torch.mm(rows, columns)
-            logits = rounded.float() + torch.addmm(rounded, rows, columns, beta=-1).float()
+        rounded = torch.mm(rows, columns)
+        logits = rounded.float() + torch.addmm(rounded, rows, columns, beta=-1).float()
     return logits.reshape(*x.shape[:-1], -1)
 
 
@@ -450,19 +484,26 @@ def matmul(x, kernel):
     matrix = kernel.value if is_variable else kernel
     if x.device.type != "cpu" or x.numel() != x.shape[-1] or x.dtype == torch.float32:
         return torch.matmul(x, matrix)
-    if is_variable and matrix.stride(0) != 1:
-        # Once: each output's weights beside each other. Not as a tensor that cannot be trained.
-        with torch.inference_mode(False), torch.no_grad():
-            matrix.data = matrix.data.t().contiguous().t()
-    with _products_of(x):
+    if is_variable:
+        _lay_out(kernel)
+    with _products_of(1):
         return torch.matmul(x, matrix)
 
 
+def _lay_out(kernel):
+    """Lays each output's weights beside each other, as torch's own products want them."""
+    matrix = kernel.value
+    is_low = matrix.device.type == "cpu" and matrix.dtype in (torch.bfloat16, torch.float16)
+    if is_low and matrix.stride(0) != 1:
+        with torch.inference_mode(False), torch.no_grad():  # so that it can still be trained
+            matrix.data = matrix.data.t().contiguous().t()
+
+
 @contextlib.contextmanager
-def _products_of(rows):
+def _products_of(num_rows):
     """oneDNN reads the weights at half the rate of torch's own code if there is but one row."""
     is_enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = is_enabled and rows.numel() != rows.shape[-1]
+    torch.backends.mkldnn.enabled = is_enabled and num_rows > 1
     try:
         yield
     finally:

@@ -299,7 +299,8 @@ def _pad_to_buckets(model, inputs, max_new_tokens):
             "`max_new_tokens`."
         )
     total = length + max_new_tokens
-    if _backend.IS_COMPILED:
+    is_compiled = _backend.IS_COMPILED or model.programs.compile_steps
+    if is_compiled:
         length = max(_SMALLEST_BUCKET, 2 ** math.ceil(math.log2(length)))
         total = math.ceil((length + max_new_tokens) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     added = ((0, 0), (length - inputs["token_ids"].shape[1], 0))
@@ -307,7 +308,7 @@ def _pad_to_buckets(model, inputs, max_new_tokens):
         name: np.pad(array, added) if name in _TEXT_INPUTS else array
         for name, array in inputs.items()
     }
-    buffer_length = total if _backend.IS_COMPILED else max_new_tokens
+    buffer_length = total if is_compiled else max_new_tokens
     return inputs, num_image_tokens + total, buffer_length
 
 
@@ -357,7 +358,9 @@ def _advance(model, method, state, limit):
         logits, _, cache = model.decode(state["token"], state["cache"], state["index"])
         return _choose(method, state | {"cache": cache, "index": state["index"] + 1}, logits)
 
-    return _backend.loop(step, state, limit - state["count"], lambda state: ops.all(state["done"]))
+    num_rows = state["done"].shape[0] * (method.num_beams if isinstance(method, Beam) else 1)
+    max_steps = limit - state["count"]
+    return _backend.loop(step, state, max_steps, lambda state: ops.all(state["done"]), num_rows)
 
 
 def _choose(method, state, logits):

@@ -113,7 +113,15 @@ class PaliGemma2(keras.Model):
 
     @classmethod
     def from_preset(
-        cls, preset, *, dtype="auto", quantize=None, image_size=None, tokenizer=None, **changes
+        cls,
+        preset,
+        *,
+        dtype="auto",
+        quantize=None,
+        image_size=None,
+        tokenizer=None,
+        compilation_cache=None,
+        **changes,
     ):
         """A model with the weights of a checkpoint, recognised by its content.
 
@@ -131,6 +139,9 @@ class PaliGemma2(keras.Model):
                 is resampled, as big_vision does before training at another resolution.
             tokenizer: Tokenizer, path of a `tokenizer.model` or `tokenizer.json`, or None for
                 the checkpoint's own.
+            compilation_cache: path of a folder, or None. Programs that jax compiles in this process
+                from now on are kept there and read by later processes; with torch those of
+                `enable_torch_compile`. TensorFlow has nothing like it that works.
             **changes: config fields to change, such as `final_logit_softcap=None`.
 
         Returns:
@@ -145,6 +156,8 @@ class PaliGemma2(keras.Model):
             >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-3b-mix-224")
             >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-10b-mix-448", quantize="int4")
         """
+        if compilation_cache is not None:
+            _backend.compilation_cache(compilation_cache)
         checkpoint = presets.find_checkpoint(preset)
         weights = checkpoint.weights()
         config = checkpoint.config
@@ -1198,6 +1211,18 @@ class PaliGemma2(keras.Model):
         self.vision.use_remat, self.text.use_remat = "vision" in towers, "text" in towers
         self.train_function = None
 
+    def enable_torch_compile(self, enabled=True):
+        """Makes `generate` and its like compile what they do for each token, by `torch.compile`.
+
+        The first answer of each batch size, cache length and sampler then takes half a minute or
+        more longer. On a CPU it needs a C++ compiler. It is no part of what `save` writes. jax and
+        tensorflow always compile: there it changes nothing.
+
+        Args:
+            enabled: bool.
+        """
+        self.programs = _backend.Programs(compile_steps=bool(enabled))
+
     def freeze(self, pattern=""):
         """Excludes weights from training. Call `compile` after it.
 
@@ -1483,7 +1508,7 @@ class PaliGemma2(keras.Model):
 
     def _renew_programs(self):
         """Forgets compiled programs, since they captured the set of variables."""
-        self.programs = _backend.Programs()
+        self.programs = _backend.Programs(self.programs.compile_steps)
         self.train_function = self.test_function = self.predict_function = None
         _backend.track_variables(self)
 

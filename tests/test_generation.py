@@ -472,3 +472,56 @@ def test_stream_checks_at_once(model, image):
 
 def test_empty_prompt_is_allowed(model, image):
     assert model.generate(image, "", max_new_tokens=2) is not None
+
+
+# Compilation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("bfloat16", "int4")])
+def test_torch_compile(data, image, dtype, quantize):
+    """The same answers; another length of the answer compiles nothing."""
+    if _backend.BACKEND != "torch":
+        pytest.skip("torch only: the others always compile")
+    import torch
+
+    folder = data / "hf_tiny_paligemma2"
+    model = PaliGemma2.from_preset(folder, dtype=dtype, quantize=quantize)
+    options = {"max_new_tokens": 12, "details": True}
+    expected = model.generate(image, PROMPTS[0], **options)
+    model.enable_torch_compile()
+    compiled = model.generate(image, PROMPTS[0], **options)
+    np.testing.assert_array_equal(compiled.token_ids, expected.token_ids)
+    bound = 1e-4 if dtype == "float32" else 0.5
+    np.testing.assert_allclose(compiled.log_probs, expected.log_probs, atol=bound)
+    count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert count > 0
+    assert torch.backends.mkldnn.enabled
+    shorter = model.generate(image, PROMPTS[0], max_new_tokens=5, details=True)
+    np.testing.assert_array_equal(shorter.token_ids, expected.token_ids[:5])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == count
+    model.enable_torch_compile(False)
+    again = model.generate(image, PROMPTS[0], **options)
+    np.testing.assert_array_equal(again.token_ids, expected.token_ids)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "jax", reason="of jax")
+def test_compilation_cache(data, image, tmp_path):
+    import jax
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        folder = tmp_path / "programs"
+        model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", compilation_cache=folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        model.generate(image, "ocr", max_new_tokens=3)
+        assert any(folder.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        _backend.jax_cache.reset_cache()
