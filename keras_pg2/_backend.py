@@ -213,7 +213,10 @@ def loop(step, state, max_steps, is_done, num_rows):
     """
     if BACKEND == "torch":
         is_compiled = _state.compile_steps
-        step = _torch_compile(step) if is_compiled else step
+        if is_compiled:
+            step = _torch_compile(step)
+            # A tensor made outside of this mode would be another kind of input, compiled anew.
+            state = keras.tree.map_structure(lambda x: x if x.is_inference() else x.clone(), state)
         # Compiled code does not choose the products itself, see `matmul`.
         with _products_of(num_rows) if is_compiled else contextlib.nullcontext():
             for count in range(int(max_steps)):

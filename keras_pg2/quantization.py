@@ -213,7 +213,10 @@ class QuantizedMatrix(keras.layers.Layer):
 
     def _padded(self, x):
         added = 2 * self.codes.shape[1] - self.num_columns
-        return ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, added)]) if added else x
+        if not added:
+            return x
+        # Not `ops.pad`: it makes a Keras operation with a new name, compiled anew each time.
+        return ops.concatenate([x, ops.zeros((*ops.shape(x)[:-1], added), x.dtype)], axis=-1)
 
 
 @contextlib.contextmanager
