@@ -252,6 +252,19 @@ def repeat(step, count, state):
     return ops.fori_loop(0, count, step, state)
 
 
+def rotate(x, cos, sin):
+    """Rotates the pairs `(j, j + H / 2)` of the last axis, see `attention.apply_rotary`.
+
+    torch, run eagerly, takes half as many operations for whole rows as for halves. By halves a
+    training step of 3B needs 0.2 GiB less on a TPU, by its compiler.
+    """
+    half = x.shape[-1] // 2
+    if BACKEND == "torch":
+        return x * cos + torch.roll(x, half, -1) * sin
+    first, second, cos, sin = x[..., :half], x[..., half:], cos[..., half:], sin[..., half:]
+    return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
 def recomputed(function):
     """The function, but for its gradient it is computed again; nothing inside is kept.
 

@@ -122,8 +122,7 @@ def apply_rotary(x, cos, sin):
     Returns:
         float32 (B, T, N, H).
     """
-    x = ops.cast(x, "float32")
-    return x * cos + ops.roll(x, x.shape[-1] // 2, axis=-1) * sin
+    return _backend.rotate(ops.cast(x, "float32"), cos, sin)
 
 
 def attention(query, key, value, mask=None, logit_softcap=None):
