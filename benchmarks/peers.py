@@ -138,7 +138,8 @@ def run_in_turns(script, contestants, arguments, repeat):
                 text=True,
             )
             if run.returncode:
-                print(f"{contestant} failed: {run.stderr.strip().splitlines()[-1:]}")
+                last = run.stderr.strip().splitlines()[-1:]
+                print(f"{contestant} failed with {run.returncode}: {last}")
             else:
                 results[contestant].append(json.loads(run.stdout.strip().splitlines()[-1]))
     return {name: runs for name, runs in results.items() if runs}

@@ -6,7 +6,8 @@
 Compiles the two programs of `generate` for 3B-224 on one v5e chip: prefill of 256 image tokens and
 32 of text, and decoding with a cache of 384 tokens, of which the compiler counts one step. Beside
 the prefill's FLOPs stands the least that the architecture needs, two for each weight and token and
-for each pair of query and key that may see each other.
+for each pair of query and key that may see each other; the last block computes keys and values
+alone for image tokens.
 
 Beside the bytes of a step stand those of the decoder's weights, as they are stored, and of the
 cache. The compiler's own sum counts a weight three times that it brings into the memory of the chip
@@ -53,8 +54,9 @@ def least_flops(config, batch_size):
     total = patches * (weights + pairs)
     heads = 2 * text.num_heads + 2 * text.num_kv_heads
     block = text.width * (heads * text.head_dim + 3 * text.mlp_dim)
-    pairs = 2 * tokens * text.num_heads * text.head_dim
-    total += tokens * text.depth * (block + pairs) + text.vocab_size * text.width
+    block += 2 * tokens * text.num_heads * text.head_dim
+    last = patches * 2 * text.width * text.num_kv_heads * text.head_dim + TEXT_LENGTH * block
+    total += tokens * (text.depth - 1) * block + last + text.vocab_size * text.width
     return 2 * batch_size * total
 
 

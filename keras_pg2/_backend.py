@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import operator
 import os
 import threading
@@ -23,6 +24,8 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 _LOG = logging.getLogger(__name__)
 BACKEND = keras.config.backend()
 IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
+# From about 16 rows on, products with a quantized matrix in the clear are faster.
+_MAX_FEW_ROWS = 8
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
@@ -600,6 +603,17 @@ def int8_product(x, codes, scales):
     return torch._weight_int8pack_mm(rows, codes, scales).view(*x.shape[:-1], -1)
 
 
+def few_rows_on_cpu(on_cpu, otherwise, x, *args):
+    """Calls `on_cpu(x, *args)` for a few rows where XLA compiles for a CPU, else `otherwise`."""
+    num_rows = None if None in x.shape else math.prod(x.shape[:-1])
+    if BACKEND == "torch" or num_rows is None or num_rows > _MAX_FEW_ROWS:
+        return otherwise(x, *args)
+    if BACKEND == "jax":
+        return jax.lax.platform_dependent(x, *args, cpu=on_cpu, default=otherwise)
+    is_on_cpu = not any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
+    return (on_cpu if is_on_cpu else otherwise)(x, *args)
+
+
 def int4_product(x, codes, scales, tile):
     """The product with a matrix of int4, likewise.
 
@@ -617,8 +631,7 @@ def int4_product(x, codes, scales, tile):
 
 
 def _is_small(x):
-    # From about 16 rows on, products with the matrix in the clear are faster.
-    is_small = x.numel() <= 8 * x.shape[-1] and x.dtype == torch.bfloat16
+    is_small = x.numel() <= _MAX_FEW_ROWS * x.shape[-1] and x.dtype == torch.bfloat16
     return is_small and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 

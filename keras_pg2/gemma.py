@@ -53,9 +53,10 @@ class GemmaAttention(DirectCall, layers.Layer):
         rotary: cos and sin of the positions of `x`, see `rotary_angles`.
         cache: None, or key and value, each float (B, K, S, H).
         cache_index: int32 scalar, where in the cache the T tokens are written.
+        output_start: int, the first of the T positions whose output is wanted.
 
     Returns:
-        float (B, T, D), and the written cache or None.
+        float (B, T - output_start, D), and the written cache or None.
     """
 
     def __init__(self, config, **kwargs):
@@ -74,13 +75,11 @@ class GemmaAttention(DirectCall, layers.Layer):
             layer.build(input_shape)
         self.output_projection.build((*input_shape[:-1], self.query.units))
 
-    def call(self, x, attention_mask, rotary, cache=None, cache_index=None):
+    def call(self, x, attention_mask, rotary, cache=None, cache_index=None, output_start=0):
         config = self.config
         length = ops.shape(x)[1]
-        query = ops.reshape(self.query(x), (-1, length, config.num_heads, config.head_dim))
         key = ops.reshape(self.key(x), (-1, length, config.num_kv_heads, config.head_dim))
         value = ops.reshape(self.value(x), (-1, length, config.num_kv_heads, config.head_dim))
-        query = apply_rotary(query, *rotary) * config.query_pre_attn_scalar**-0.5
         # Heads first: so TPUs and GPUs want the cache, and would copy any other.
         key = ops.swapaxes(ops.cast(apply_rotary(key, *rotary), self.compute_dtype), 1, 2)
         value = ops.swapaxes(ops.cast(value, self.compute_dtype), 1, 2)
@@ -88,6 +87,12 @@ class GemmaAttention(DirectCall, layers.Layer):
             key = _backend.write(cache[0], key, cache_index, axis=2)
             value = _backend.write(cache[1], value, cache_index, axis=2)
             cache = (key, value)
+        if output_start:
+            x, attention_mask = x[:, output_start:], attention_mask[:, output_start:]
+            rotary = [angles[:, output_start:] for angles in rotary]
+            length = ops.shape(x)[1]
+        query = ops.reshape(self.query(x), (-1, length, config.num_heads, config.head_dim))
+        query = apply_rotary(query, *rotary) * config.query_pre_attn_scalar**-0.5
         output = attention(query, key, value, attention_mask, config.attn_logit_softcap)
         output = ops.reshape(output, (-1, length, config.num_heads * config.head_dim))
         return self.output_projection(output), cache
@@ -140,7 +145,7 @@ class GemmaBlock(DirectCall, layers.Layer):
         training: bool, whether dropout acts.
 
     Returns:
-        float (B, T, D), and the written cache or None.
+        float (B, T - output_start, D), and the written cache or None.
     """
 
     def __init__(self, config, **kwargs):
@@ -167,7 +172,16 @@ class GemmaBlock(DirectCall, layers.Layer):
             self.post_attention_norm.build(input_shape)
             self.post_mlp_norm.build(input_shape)
 
-    def call(self, x, attention_mask, rotary, cache=None, cache_index=None, training=None):
+    def call(
+        self,
+        x,
+        attention_mask,
+        rotary,
+        cache=None,
+        cache_index=None,
+        output_start=0,
+        training=None,
+    ):
         config = self.config
         update, cache = self.attention(
             self.pre_attention_norm(x),
@@ -175,7 +189,10 @@ class GemmaBlock(DirectCall, layers.Layer):
             rotary,
             cache=cache,
             cache_index=cache_index,
+            output_start=output_start,
         )
+        if output_start:
+            x = x[:, output_start:]
         if config.use_post_norms:
             update = self.post_attention_norm(update)
         if config.dropout and training:
@@ -202,6 +219,8 @@ class GemmaDecoder(DirectCall, layers.Layer):
             only with a sliding window.
         cache: None, or a list of `(key, value)` per block.
         cache_index: int32 scalar, where in the cache the T tokens are written.
+        output_start: int, the first of the T positions whose hidden states are wanted; of the
+            others the last block computes keys and values alone.
         training: bool, whether dropout acts, and `use_remat` counts.
 
     Attributes:
@@ -209,7 +228,7 @@ class GemmaDecoder(DirectCall, layers.Layer):
             the gradient but computed a second time.
 
     Returns:
-        float (B, T, D) after the final norm, and the written cache or None.
+        float (B, T - output_start, D) after the final norm, and the written cache or None.
 
     Source: big_vision `models/ppp/gemma.py`, `Model`.
     """
@@ -232,18 +251,22 @@ class GemmaDecoder(DirectCall, layers.Layer):
         for layer in (*self.blocks, self.final_norm):
             layer.build((None, None, self.config.width))
 
-    def call(self, x, positions, masks, cache=None, cache_index=None, training=None):
+    def call(
+        self, x, positions, masks, cache=None, cache_index=None, output_start=0, training=None
+    ):
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_base)
         caches = [None] * len(self.blocks) if cache is None else cache
         written = []
         for i, (block, block_cache) in enumerate(zip(self.blocks, caches)):
+            start = output_start if block is self.blocks[-1] else 0
             if self.use_remat and training:
-                x = _rematerialized(block, masks[i % 2], rotary)(x)
+                x = _rematerialized(block, masks[i % 2], rotary, start)(x)
                 continue
             x, block_cache = block(
                 *(x, masks[i % 2], rotary),
                 cache=block_cache,
                 cache_index=cache_index,
+                output_start=start,
                 training=training,
             )
             written.append(block_cache)
@@ -269,6 +292,7 @@ class GemmaDecoder(DirectCall, layers.Layer):
         ]
 
 
-def _rematerialized(block, attention_mask, rotary):
+def _rematerialized(block, attention_mask, rotary, output_start):
     """The block as a function of x alone; its activations are computed again when needed."""
-    return keras.remat(lambda x: block(x, attention_mask, rotary, training=True)[0])
+    options = {"output_start": output_start, "training": True}
+    return keras.remat(lambda x: block(x, attention_mask, rotary, **options)[0])

@@ -348,8 +348,11 @@ class PaliGemma2(keras.Model):
                 seed.renew()
         x, sequence = self._embed(inputs, training)
         masks = self._masks(sequence, sequence)
-        hidden, _ = self.text(x, sequence["positions"], masks, training=training)
-        hidden = hidden[:, self.num_image_tokens(inputs) :]
+        hidden, _ = self.text(
+            *(x, sequence["positions"], masks),
+            output_start=self.num_image_tokens(inputs),
+            training=training,
+        )
         if "loss_mask" in inputs:
             return self._suffix_losses(hidden, inputs["token_ids"], inputs["loss_mask"])
         return self.text.logits(hidden)
@@ -463,8 +466,8 @@ class PaliGemma2(keras.Model):
             self._masks(sequence, cached),
             cache=self.text.empty_cache(x.shape[0], cache_length),
             cache_index=0,
+            output_start=self.num_image_tokens(inputs),
         )
-        hidden = hidden[:, self.num_image_tokens(inputs) :]
         return self.text.logits(hidden[:, -1]), hidden, {"layers": layers, **cached}
 
     def decode(self, token_ids, cache, index):

@@ -9,6 +9,7 @@ Rows are outputs: a kernel (in, out) is quantized as its transpose.
 """
 
 import contextlib
+import functools
 
 import keras
 import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" once this is imported
@@ -19,6 +20,7 @@ from keras_pg2 import _backend
 
 GROUP_SIZES = (32, 64, 128, 256)
 _ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
+_XLA_MAX_BYTES = 2**14  # of a vector whose product with a cast XLA fuses on a CPU
 _MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # elements in the clear at a time
 
 
@@ -168,6 +170,13 @@ class QuantizedMatrix(keras.layers.Layer):
         if rounded is not None:
             rounded = rounded[..., : self.num_rows]
             return _backend.refined(rounded, x, self.take) if in_float32 else rounded
+        multiply = functools.partial(self._multiply_decoded, in_float32=in_float32)
+        if self.mode == "int4":
+            return multiply(x, codes, scales)
+        by_rows = functools.partial(_multiply_rows, dtype="float32" if in_float32 else x.dtype)
+        return _backend.few_rows_on_cpu(by_rows, multiply, x, codes, scales)
+
+    def _multiply_decoded(self, x, codes, scales, in_float32):
         product = _backend.matmul_transposed_float32 if in_float32 else _matmul_transposed
         outputs = []
         for matrix, scale in self._parts(codes, scales, x.dtype):
@@ -298,6 +307,20 @@ def _times(x, scale, dtype):
 
 def _matmul_transposed(x, matrix):
     return ops.matmul(x, ops.transpose(matrix))
+
+
+def _multiply_rows(x, codes, scales, dtype):
+    """The product with int8 in forms that XLA compiles for a CPU without a copy in the clear."""
+
+    def multiply(row):
+        values = ops.cast(codes, "float32")
+        if 4 * codes.shape[1] < _XLA_MAX_BYTES:
+            return ops.matmul(row[None], ops.transpose(values))[0]
+        return ops.sum(row * values, axis=-1)
+
+    rows = ops.cast(ops.reshape(x, (-1, codes.shape[1])), "float32")
+    outputs = multiply(rows[0])[None] if rows.shape[0] == 1 else ops.map(multiply, rows)
+    return ops.reshape(_times(outputs, scales, dtype), (*x.shape[:-1], codes.shape[0]))
 
 
 def _encode_int8(values, _):

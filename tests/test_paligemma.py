@@ -57,6 +57,23 @@ def test_padding_is_invisible(model, inputs):
     np.testing.assert_allclose(_numpy(model(moved))[1, 3:], logits[1, :7], atol=1e-4)
 
 
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_outputs_of_the_last_positions_alone(model, has_cache):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 9, model.config.text.width)).astype("float32")
+    positions = np.tile(np.arange(9, dtype="int32"), (2, 1))
+    mask = rng.random((2, 9, 12 if has_cache else 9)) < 0.8
+    options = {"cache": model.text.empty_cache(2, 12), "cache_index": 0} if has_cache else {}
+    expected, expected_cache = model.text(x, positions, (mask, mask), **options)
+    if has_cache:
+        options["cache"] = model.text.empty_cache(2, 12)
+    hidden, cache = model.text(x, positions, (mask, mask), output_start=6, **options)
+    np.testing.assert_allclose(_numpy(hidden), _numpy(expected)[:, 6:], atol=1e-5)
+    for layer, expected_layer in zip(cache or [], expected_cache or []):
+        np.testing.assert_allclose(_numpy(layer[0]), _numpy(expected_layer[0]), atol=1e-5)
+        np.testing.assert_allclose(_numpy(layer[1]), _numpy(expected_layer[1]), atol=1e-5)
+
+
 def test_suffix_is_causal_and_prefix_is_not(model, inputs):
     logits = _numpy(model(inputs))[0]  # prefix of 6, suffix of 4
     token_ids = inputs["token_ids"].copy()

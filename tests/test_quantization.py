@@ -87,6 +87,29 @@ def test_products(shape, scheme, dtype, num_rows):
     np.testing.assert_allclose(_in_program(layer, x), expected, atol=bound)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_products_with_wide_rows(num_rows):
+    """On a CPU XLA fuses these otherwise than narrow ones."""
+    layer, _ = _linear((4112, 24), "float32", mode="int8")
+    x = np.random.default_rng(1).normal(size=(num_rows, 4112)).astype("float32")
+    expected = x @ _numpy(layer.kernel) + _numpy(layer.bias)
+    np.testing.assert_allclose(_in_program(layer, x), expected, atol=1e-4)
+
+
+@pytest.mark.slow  # with XLA's optimizations alone
+@pytest.mark.parametrize("shape", [(1024, 4096), (4096, 1024)])
+def test_no_copy_in_the_clear(shape):
+    """Of a matrix of int8, with which XLA multiplies one row on a CPU."""
+    if _backend.BACKEND != "jax":
+        pytest.skip("jax only: it tells what a program needs")
+    import jax
+
+    layer, _ = _linear(shape, "float32", mode="int8")
+    with jax.default_device(jax.devices("cpu")[0]):
+        program = jax.jit(layer).lower(np.ones((1, shape[0]), "float32")).compile()
+    assert program.memory_analysis().temp_size_in_bytes < shape[0] * shape[1] / 10
+
+
 def test_a_large_matrix_is_decoded_in_parts():
     rng = np.random.default_rng(0)
     layer = Linear(3000, use_bias=False, dtype="float32")
