@@ -1,7 +1,7 @@
 """Arithmetic and memory traffic of generation on TPUs, by the TPU compiler; no TPU is needed.
 
     pip install --no-deps --target TPU "libtpu==0.0.42.*"
-    PYTHONPATH=TPU python benchmarks/tpu_generate.py [--batch 1 64] [--dtype bfloat16]
+    PYTHONPATH=TPU python benchmarks/tpu_generate.py [--batch 1 64] [--quantize int8]
 
 Compiles the two programs of `generate` for 3B-224 on one v5e chip: prefill of 256 image tokens and
 32 of text, and decoding with a cache of 384 tokens, of which the compiler counts one step. Beside
@@ -115,11 +115,13 @@ def _sliced_bytes(instructions, index):
     return math.inf
 
 
-def compile_programs(batch_size, dtype):
+def compile_programs(batch_size, dtype, mode):
     device = topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices[0]
     config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b", 224)
     with _backend.variables_without_values():
         model = keras_pg2.PaliGemma2(config, dtype=dtype)
+        if mode:
+            model.quantize(mode)
     sharding = SingleDeviceSharding(device)
 
     def placed(tree):
@@ -184,6 +186,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64])
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantize", choices=["int8", "int4"])
     options = parser.parse_args()
     columns = (
         "batch | prefill TFLOP | least | ratio | temporaries GiB | decode step GB, compiler | "
@@ -192,7 +195,7 @@ def main():
     print(f"| {columns} |")
     print("|---" * 13 + "|", flush=True)
     for batch_size in options.batch:
-        compile_programs(batch_size, options.dtype)
+        compile_programs(batch_size, options.dtype, options.quantize)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from keras_pg2.tokenizer import EOS_ID, PAD_ID
 
 _TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask")
 _NEVER = -1e30  # log-probability of what must not be chosen; finite, so that sums stay finite
-_SMALLEST_BUCKET = 16
+_SMALLEST_BUCKET = 32
 _CACHE_MULTIPLE = 128
 _GRAMMAR_MULTIPLE = 64
 _SUFFIX_MULTIPLE = 8
