@@ -619,13 +619,14 @@ def int4_product(x, codes, scales, tile):
 
     Args:
         x: bfloat16 (..., C).
-        codes: uint8 (R, C / 2) as `tile_int4` returns them.
+        codes: uint8 (C / 2 / G, R, G) as `tile_int4` returns them.
         scales: bfloat16 (groups, R, 2), scales and offsets.
         tile: int or None, see `int4_tile`.
     """
     if tile is None or not _is_small(x):
         return None
-    rows, group_size = x.reshape(-1, x.shape[-1]), x.shape[-1] // scales.shape[0]
+    rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]), codes.shape
+    codes = codes.view(num_rows, -1)
     products = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, scales)
     return products.view(*x.shape[:-1], -1)
 
@@ -639,7 +640,7 @@ def int4_tile(codes):
     """How many rows torch's product of int4 wants beside each other in memory.
 
     Args:
-        codes: uint8 (R, C / 2) tensor, where the product will run.
+        codes: tensor, where the product will run.
 
     Returns:
         int, or None for the plain layout.
@@ -650,10 +651,11 @@ def int4_tile(codes):
 
 @functools.cache
 def _torch_int4_tile():
-    values = torch.randint(16, (128, 32), generator=torch.Generator().manual_seed(0))
-    codes = (values[:, ::2] | values[:, 1::2] << 4).to(torch.uint8)
+    codes = torch.randint(256, (1, 128, 32), generator=torch.Generator().manual_seed(0))
+    codes = codes.to(torch.uint8)
     try:
-        expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+        values = unpack_int4(codes).int()
+        expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
     except (AttributeError, RuntimeError):
         return None
     for tile in (64, 32):  # with AVX-512, and with AVX2
@@ -666,49 +668,59 @@ def tile_int4(codes, tile):
     """Bytes as torch's product of int4 wants them.
 
     Args:
-        codes: uint8 (R, C / 2), the even column in the lower half of a byte.
+        codes: uint8 (C / 2 / G, R, G), see `quantization.QuantizedMatrix`.
         tile: int or None, see `int4_tile`.
 
     Returns:
-        uint8 (R, C / 2). Of each tile of rows, first the first column, then the second and so
-        on; a byte holds one row of the first half of a tile, and above it one of the second.
+        uint8 of the same shape. Of each tile of rows, first the first column, then the second and
+        so on; a byte holds one row of the first half of a tile, and above it one of the second.
     """
     if tile is None:
         return codes
-    tiled, num_columns = torch.empty_like(codes), 2 * codes.shape[1]
-    parts = zip(codes.split(16 * tile), tiled.split(16 * tile))
-    for part, target in parts:  # of what fits in a cache
-        values = torch.stack([part & 15, part >> 4], dim=-1).view(-1, 2, tile // 2, num_columns)
+    num_rows = codes.shape[1]
+    tiled = torch.empty_like(codes)
+    targets = tiled.view(num_rows, -1)
+    for start in range(0, num_rows, 16 * tile):  # of what fits in a cache
+        values = unpack_int4(codes[:, start : start + 16 * tile])
+        values = values.view(-1, 2, tile // 2, values.shape[-1])
         halves = values[:, 0] | values[:, 1] << 4
-        target.view(-1, num_columns, tile // 2).copy_(halves.transpose(1, 2))
+        target = targets[start : start + 16 * tile]
+        target.view(-1, halves.shape[-1], tile // 2).copy_(halves.transpose(1, 2))
     return tiled
 
 
 def unpack_int4(codes, tile=None):
-    """Codes uint8 (..., C), 0 … 15, of bytes (..., C / 2) before or after `tile_int4`."""
+    """Codes 0 … 15, uint8 (R, C), of bytes (C / 2 / G, R, G) before or after `tile_int4`."""
+    num_groups, num_rows, group_size = codes.shape
     if tile is None:
-        shifts = ops.convert_to_tensor([0, 4], "uint8")
-        values = ops.bitwise_and(ops.right_shift(codes[..., None], shifts), 15)
-        return ops.reshape(values, (*ops.shape(codes)[:-1], -1))
-    num_columns = 2 * codes.shape[1]
-    tiles = codes.view(-1, num_columns, tile // 2).transpose(1, 2)
+        values = ops.transpose(ops.stack(halves_of_int4(codes)), (2, 0, 1, 3))
+        return ops.reshape(values, (num_rows, -1))
+    num_columns = 2 * num_groups * group_size
+    tiles = codes.reshape(-1, num_columns, tile // 2).transpose(1, 2)
     return torch.stack([tiles & 15, tiles >> 4], dim=1).view(-1, num_columns)
+
+
+def halves_of_int4(codes):
+    """Lower and upper halves of bytes."""
+    return ops.bitwise_and(codes, 15), ops.right_shift(codes, 4)
 
 
 def take_int4(codes, rows, tile):
     """Rows of a matrix by their numbers.
 
     Args:
-        codes: uint8 (R, C / 2) as `tile_int4` returns them.
+        codes: uint8 (C / 2 / G, R, G) as `tile_int4` returns them.
         rows: int (...).
         tile: int or None, see `int4_tile`.
 
     Returns:
         uint8 (..., C), 0 … 15.
     """
+    shape = (*rows.shape, -1)
     if tile is None:
-        return unpack_int4(ops.take(codes, rows, axis=0))
-    tiles = codes.view(-1, 2 * codes.shape[1], tile // 2)
+        return ops.reshape(unpack_int4(ops.take(codes, ops.reshape(rows, -1), axis=1)), shape)
+    num_columns = 2 * codes.shape[0] * codes.shape[2]
+    tiles = codes.view(-1, num_columns, tile // 2)
     row = rows % tile
     found = tiles[rows // tile, :, row % (tile // 2)]
     return found >> (4 * (row >= tile // 2)).to(torch.uint8)[..., None] & 15

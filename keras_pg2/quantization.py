@@ -65,9 +65,11 @@ class QuantizedMatrix(keras.layers.Layer):
         group_size: int, columns that share a scale, or None for "int8".
 
     Attributes:
-        codes: int8 (R, C); or uint8 (R, C / 2) with R and C rounded up to whole tiles and groups,
-            the even column in the lower half of a byte. With torch on a CPU the bytes may lie in
-            memory as its product wants them; in files they lie as said.
+        codes: int8 (R, C); or uint8 (groups / 2, R, group size), R rounded up to whole tiles and
+            the groups of columns to an even number. The lower half of a byte belongs to one of
+            the first half of the groups, the upper half to one of the second: so compilers unpack
+            them inside the product. With torch on a CPU the bytes may lie in memory as its
+            product wants them; in files they lie as said.
         scales: bfloat16 (R,); or (groups, R, 2), scales and offsets.
 
     Source: what torch's `_weight_int8pack_mm` and `_weight_int4pack_mm` read.
@@ -83,8 +85,8 @@ class QuantizedMatrix(keras.layers.Layer):
         codes, scales = (self.num_rows, self.num_columns), (self.num_rows,)
         if self.mode == "int4":
             rows = -(-self.num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
-            groups = -(-self.num_columns // self.group_size)
-            codes, scales = (rows, groups * self.group_size // 2), (groups, rows, 2)
+            groups = 2 * -(-self.num_columns // (2 * self.group_size))
+            codes, scales = (groups // 2, rows, self.group_size), (groups, rows, 2)
         dtype = "int8" if self.mode == "int8" else "uint8"
         options = {"initializer": "zeros", "trainable": False}
         self.codes = self.add_weight(name="codes", shape=codes, dtype=dtype, **options)
@@ -98,8 +100,8 @@ class QuantizedMatrix(keras.layers.Layer):
         for start in range(0, self.num_rows, _ROW_MULTIPLE):  # what fits in a CPU's cache
             part = slice(start, min(start + _ROW_MULTIPLE, self.num_rows))
             values = np.asarray(matrix[part], "float32")
-            of_part = (slice(None), part) if self.mode == "int4" else part
-            codes[part], scales[of_part] = encode(values, self.group_size)
+            part = (slice(None), part) if self.mode == "int4" else part
+            codes[part], scales[part] = encode(values, self.group_size)
         return codes, scales
 
     def assign(self, codes, scales):
@@ -153,9 +155,8 @@ class QuantizedMatrix(keras.layers.Layer):
     def save_own_variables(self, store):
         codes = ops.convert_to_numpy(self.codes)
         if self._tile is not None:
-            codes = _packed(
-                ops.convert_to_numpy(_backend.unpack_int4(self.codes.value, self._tile))
-            )
+            codes = ops.convert_to_numpy(_backend.unpack_int4(self.codes.value, self._tile))
+            codes = _packed(codes, self.group_size)
         store["codes"] = codes
         store["scales"] = self.scales
 
@@ -170,10 +171,13 @@ class QuantizedMatrix(keras.layers.Layer):
         if rounded is not None:
             rounded = rounded[..., : self.num_rows]
             return _backend.refined(rounded, x, self.take) if in_float32 else rounded
-        multiply = functools.partial(self._multiply_decoded, in_float32=in_float32)
-        if self.mode == "int4":
-            return multiply(x, codes, scales)
-        by_rows = functools.partial(_multiply_rows, dtype="float32" if in_float32 else x.dtype)
+        if not _backend.IS_COMPILED:
+            return self._multiply_decoded(x, codes, scales, in_float32)
+        options = {"in_float32": in_float32}
+        by_rows = functools.partial(self._multiply_rows, **options)
+        is_int4 = self.mode == "int4"
+        multiply = self._multiply_halves if is_int4 else self._multiply_decoded
+        multiply = functools.partial(multiply, **options)
         return _backend.few_rows_on_cpu(by_rows, multiply, x, codes, scales)
 
     def _multiply_decoded(self, x, codes, scales, in_float32):
@@ -183,6 +187,53 @@ class QuantizedMatrix(keras.layers.Layer):
             output = product(x, matrix)
             outputs.append(output if scale is None else _times(output, scale, output.dtype))
         return ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+
+    def _multiply_halves(self, x, codes, scales, in_float32):
+        """The product with int4; a compiler decodes as it multiplies."""
+        rows = ops.reshape(self._padded(x), (-1, 2, *codes.shape[::2]))
+        outputs = []
+        for part in self._row_slices():
+            halves = self._halves(codes[:, part], scales[:, part], x.dtype)
+            outputs.append(
+                sum(
+                    _backend.einsum_float32("bhg,hrg->br", rows[:, i], values)
+                    for i, values in enumerate(halves)
+                )
+            )
+        outputs = ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+        outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
+        return ops.reshape(outputs[:, : self.num_rows], (*ops.shape(x)[:-1], self.num_rows))
+
+    def _multiply_rows(self, x, codes, scales, in_float32):
+        """A few rows one by one, as XLA compiles them for a CPU without a matrix in the clear."""
+
+        def multiply_int8(row):
+            values = ops.cast(codes, "float32")
+            if 4 * codes.shape[1] < _XLA_MAX_BYTES:
+                return ops.matmul(row[None], ops.transpose(values))[0]
+            return ops.sum(row * values, axis=-1)
+
+        def multiply_int4(row):
+            row = ops.reshape(row, (2, codes.shape[0], 1, codes.shape[2]))
+            halves = self._halves(codes, scales, "float32")
+            return sum(ops.sum(row[i] * values, axis=(0, 2)) for i, values in enumerate(halves))
+
+        multiply = multiply_int8
+        if self.mode == "int4":
+            multiply, x = multiply_int4, self._padded(x)
+        rows = ops.cast(ops.reshape(x, (-1, x.shape[-1])), "float32")
+        outputs = multiply(rows[0])[None] if rows.shape[0] == 1 else ops.map(multiply, rows)
+        outputs = ops.reshape(outputs[:, : self.num_rows], (*x.shape[:-1], self.num_rows))
+        dtype = "float32" if in_float32 else x.dtype
+        return _times(outputs, scales, dtype) if self.mode == "int8" else ops.cast(outputs, dtype)
+
+    def _halves(self, codes, scales, dtype):
+        """What bytes (groups / 2, r, G) stand for: first and second half of the groups."""
+        scales = ops.split(ops.cast(scales, dtype), 2)
+        return [
+            (ops.cast(half, dtype) - 8) * scale[..., :1] + scale[..., 1:]
+            for half, scale in zip(_backend.halves_of_int4(codes), scales)
+        ]
 
     def _multiply_back(self, y, codes, scales):
         """`y` float (..., R) times the matrix, (..., C)."""
@@ -200,17 +251,25 @@ class QuantizedMatrix(keras.layers.Layer):
         Integers are exact in bfloat16 and casts are fused with products, so int8 is scaled after
         them; not in float16, which the products would leave.
         """
-        step = max(1, _MAX_DECODED // (self.num_columns * _ROW_MULTIPLE)) * _ROW_MULTIPLE
-        for start in range(0, self.num_rows, step):
-            stop = min(start + step, self.num_rows)
+        for part in self._row_slices():
+            count = min(part.stop, self.num_rows) - part.start
             if self.mode == "int4":
-                rows = slice(start, -(-stop // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-                part = _backend.unpack_int4(codes[rows], self._tile)
-                yield self._decode(part, scales[:, rows], dtype)[: stop - start], None
+                packed = codes[:, part]
+                if self._tile is not None:  # the bytes of rows lie together
+                    packed = codes.view(codes.shape[1], -1)[part].view_as(packed)
+                values = _backend.unpack_int4(packed, self._tile)
+                yield self._decode(values, scales[:, part], dtype)[:count], None
             elif keras.backend.standardize_dtype(dtype) == "float16":
-                yield _times(codes[start:stop], scales[start:stop, None], dtype), None
+                yield _times(codes[part], scales[part, None], dtype), None
             else:
-                yield ops.cast(codes[start:stop], dtype), scales[start:stop]
+                yield ops.cast(codes[part], dtype), scales[part]
+
+    def _row_slices(self):
+        """Slices of the rows of `codes`, each of what may be in the clear at a time."""
+        num_rows = self.scales.shape[1 if self.mode == "int4" else 0]
+        step = max(1, _MAX_DECODED // (self.num_columns * _ROW_MULTIPLE)) * _ROW_MULTIPLE
+        starts = range(0, num_rows, step)
+        return [slice(start, min(start + step, num_rows)) for start in starts]
 
     def _decode(self, codes, scales, dtype):
         """float (..., C) of codes 0 … 15 (..., C) and scales (groups, ..., 2)."""
@@ -221,7 +280,7 @@ class QuantizedMatrix(keras.layers.Layer):
         return ops.reshape(values, (*shape, -1))[..., : self.num_columns]
 
     def _padded(self, x):
-        added = 2 * self.codes.shape[1] - self.num_columns
+        added = 2 * self.codes.shape[0] * self.codes.shape[2] - self.num_columns
         if not added:
             return x
         # Not `ops.pad`: it makes a Keras operation with a new name, compiled anew each time.
@@ -309,20 +368,6 @@ def _matmul_transposed(x, matrix):
     return ops.matmul(x, ops.transpose(matrix))
 
 
-def _multiply_rows(x, codes, scales, dtype):
-    """The product with int8 in forms that XLA compiles for a CPU without a copy in the clear."""
-
-    def multiply(row):
-        values = ops.cast(codes, "float32")
-        if 4 * codes.shape[1] < _XLA_MAX_BYTES:
-            return ops.matmul(row[None], ops.transpose(values))[0]
-        return ops.sum(row * values, axis=-1)
-
-    rows = ops.cast(ops.reshape(x, (-1, codes.shape[1])), "float32")
-    outputs = multiply(rows[0])[None] if rows.shape[0] == 1 else ops.map(multiply, rows)
-    return ops.reshape(_times(outputs, scales, dtype), (*x.shape[:-1], codes.shape[0]))
-
-
 def _encode_int8(values, _):
     """Codes int8 (r, C) and scales (r,) of float32 (r, C)."""
     # Scales are rounded first, so that the codes make up for it.
@@ -332,8 +377,8 @@ def _encode_int8(values, _):
 
 
 def _encode_int4(values, group_size):
-    """Bytes (r, C / 2) and scales (groups, r, 2) of float32 (r, C)."""
-    groups = -(-values.shape[1] // group_size)
+    """Bytes (groups / 2, r, G) and scales (groups, r, 2) of float32 (r, C)."""
+    groups = 2 * -(-values.shape[1] // (2 * group_size))
     values = np.pad(values, ((0, 0), (0, groups * group_size - values.shape[1])))
     values = values.reshape(len(values), groups, group_size)
     lowest, highest = values.min(axis=2), values.max(axis=2)
@@ -342,8 +387,10 @@ def _encode_int4(values, group_size):
     offsets = (lowest + 8 * scales.astype("float32")).astype("bfloat16")
     codes = np.rint((values - offsets.astype("float32")[..., None]) / divisors[..., None]) + 8
     codes = np.clip(codes, 0, 15).astype("uint8").reshape(len(values), -1)
-    return _packed(codes), np.stack([scales, offsets], axis=-1).swapaxes(0, 1)
+    return _packed(codes, group_size), np.stack([scales, offsets], axis=-1).swapaxes(0, 1)
 
 
-def _packed(codes):
-    return codes[:, ::2] | codes[:, 1::2] << 4
+def _packed(codes, group_size):
+    """Bytes (groups / 2, r, G) of codes 0 … 15 (r, C)."""
+    codes = codes.reshape(len(codes), 2, -1, group_size)
+    return (codes[:, 0] | codes[:, 1] << 4).swapaxes(0, 1)

@@ -87,10 +87,11 @@ def test_products(shape, scheme, dtype, num_rows):
     np.testing.assert_allclose(_in_program(layer, x), expected, atol=bound)
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_products_with_wide_rows(num_rows):
+def test_products_with_wide_rows(num_rows, mode):
     """On a CPU XLA fuses these otherwise than narrow ones."""
-    layer, _ = _linear((4112, 24), "float32", mode="int8")
+    layer, _ = _linear((4112, 24), "float32", mode=mode)
     x = np.random.default_rng(1).normal(size=(num_rows, 4112)).astype("float32")
     expected = x @ _numpy(layer.kernel) + _numpy(layer.bias)
     np.testing.assert_allclose(_in_program(layer, x), expected, atol=1e-4)
@@ -98,13 +99,14 @@ def test_products_with_wide_rows(num_rows):
 
 @pytest.mark.slow  # with XLA's optimizations alone
 @pytest.mark.parametrize("shape", [(1024, 4096), (4096, 1024)])
-def test_no_copy_in_the_clear(shape):
-    """Of a matrix of int8, with which XLA multiplies one row on a CPU."""
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_no_copy_in_the_clear(shape, mode):
+    """Of a matrix with which XLA multiplies one row on a CPU."""
     if _backend.BACKEND != "jax":
         pytest.skip("jax only: it tells what a program needs")
     import jax
 
-    layer, _ = _linear(shape, "float32", mode="int8")
+    layer, _ = _linear(shape, "float32", mode=mode)
     with jax.default_device(jax.devices("cpu")[0]):
         program = jax.jit(layer).lower(np.ones((1, shape[0]), "float32")).compile()
     assert program.memory_analysis().temp_size_in_bytes < shape[0] * shape[1] / 10
@@ -144,7 +146,8 @@ def test_torch_has_its_product_of_int4():
     assert tile in (32, 64)
     codes = layer.quantized.codes.value
     values = _backend.unpack_int4(codes, tile)
-    plain = values[:, ::2] | values[:, 1::2] << 4
+    halves = values.view(len(values), 2, -1, codes.shape[2])
+    plain = (halves[:, 0] | halves[:, 1] << 4).transpose(0, 1).contiguous()
     assert not torch.equal(codes, plain)
     assert torch.equal(_backend.unpack_int4(plain), values)
     assert torch.equal(_backend.tile_int4(plain, tile), codes)
