@@ -603,10 +603,14 @@ def int8_product(x, codes, scales):
     return torch._weight_int8pack_mm(rows, codes, scales).view(*x.shape[:-1], -1)
 
 
+def has_few_rows(x):
+    """Whether the rows of `x`, float (..., C), are known to be few."""
+    return None not in x.shape and math.prod(x.shape[:-1]) <= _MAX_FEW_ROWS
+
+
 def few_rows_on_cpu(on_cpu, otherwise, x, *args):
     """Calls `on_cpu(x, *args)` for a few rows where XLA compiles for a CPU, else `otherwise`."""
-    num_rows = None if None in x.shape else math.prod(x.shape[:-1])
-    if BACKEND == "torch" or num_rows is None or num_rows > _MAX_FEW_ROWS:
+    if BACKEND == "torch" or not has_few_rows(x):
         return otherwise(x, *args)
     if BACKEND == "jax":
         return jax.lax.platform_dependent(x, *args, cpu=on_cpu, default=otherwise)
@@ -632,7 +636,7 @@ def int4_product(x, codes, scales, tile):
 
 
 def _is_small(x):
-    is_small = x.numel() <= _MAX_FEW_ROWS * x.shape[-1] and x.dtype == torch.bfloat16
+    is_small = has_few_rows(x) and x.dtype == torch.bfloat16
     return is_small and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 

@@ -183,7 +183,7 @@ class QuantizedMatrix(keras.layers.Layer):
     def _multiply_decoded(self, x, codes, scales, in_float32):
         product = _backend.matmul_transposed_float32 if in_float32 else _matmul_transposed
         outputs = []
-        for matrix, scale in self._parts(codes, scales, x.dtype):
+        for matrix, scale in self._parts(codes, scales, x.dtype, x):
             output = product(x, matrix)
             outputs.append(output if scale is None else _times(output, scale, output.dtype))
         return ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
@@ -192,7 +192,7 @@ class QuantizedMatrix(keras.layers.Layer):
         """The product with int4; a compiler decodes as it multiplies."""
         rows = ops.reshape(self._padded(x), (-1, 2, *codes.shape[::2]))
         outputs = []
-        for part in self._row_slices():
+        for part in self._row_slices(x):
             halves = self._halves(codes[:, part], scales[:, part], x.dtype)
             outputs.append(
                 sum(
@@ -245,13 +245,13 @@ class QuantizedMatrix(keras.layers.Layer):
             start += matrix.shape[0]
         return total
 
-    def _parts(self, codes, scales, dtype):
+    def _parts(self, codes, scales, dtype, x=None):
         """The matrix in parts of some rows: float (r, C), and what its products must be scaled by.
 
         Integers are exact in bfloat16 and casts are fused with products, so int8 is scaled after
         them; not in float16, which the products would leave.
         """
-        for part in self._row_slices():
+        for part in self._row_slices(x):
             count = min(part.stop, self.num_rows) - part.start
             if self.mode == "int4":
                 packed = codes[:, part]
@@ -264,9 +264,11 @@ class QuantizedMatrix(keras.layers.Layer):
             else:
                 yield ops.cast(codes[part], dtype), scales[part]
 
-    def _row_slices(self):
+    def _row_slices(self, x=None):
         """Slices of the rows of `codes`, each of what may be in the clear at a time."""
         num_rows = self.scales.shape[1 if self.mode == "int4" else 0]
+        if _backend.IS_COMPILED and x is not None and _backend.has_few_rows(x):
+            return [slice(0, num_rows)]  # decoded inside the product; slices would be copied
         step = max(1, _MAX_DECODED // (self.num_columns * _ROW_MULTIPLE)) * _ROW_MULTIPLE
         starts = range(0, num_rows, step)
         return [slice(start, min(start + step, num_rows)) for start in starts]
