@@ -229,12 +229,27 @@ def loop(step, state, max_steps, is_done, num_rows):
                     break
                 state = step(state)
         return state
-    _, state = ops.while_loop(
-        lambda count, state: ops.logical_and(count < max_steps, ops.logical_not(is_done(state))),
-        lambda count, state: (count + 1, step(state)),
-        (ops.zeros((), "int32"), state),
+    # Without axes of length 1, since XLA for CPUs copies what has them, a cache of one row say, four
+    # times in each step.
+    shapes = [x.shape for x in keras.tree.flatten(state)]
+
+    def squeezed(state):
+        return [
+            ops.reshape(x, [length for length in x.shape if length != 1])
+            for x in keras.tree.flatten(state)
+        ]
+
+    def restored(arrays):
+        return keras.tree.pack_sequence_as(state, list(map(ops.reshape, arrays, shapes)))
+
+    _, arrays = ops.while_loop(
+        lambda count, arrays: ops.logical_and(
+            count < max_steps, ops.logical_not(is_done(restored(arrays)))
+        ),
+        lambda count, arrays: (count + 1, squeezed(step(restored(arrays)))),
+        (ops.zeros((), "int32"), squeezed(state)),
     )
-    return state
+    return restored(arrays)
 
 
 def repeat(step, count, state):
