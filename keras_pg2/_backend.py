@@ -229,8 +229,8 @@ def loop(step, state, max_steps, is_done, num_rows):
                     break
                 state = step(state)
         return state
-    # Without axes of length 1, since XLA for CPUs copies what has them, a cache of one row say, four
-    # times in each step.
+    # Without axes of length 1: XLA for CPUs copies what has them, a cache of one row say, four times
+    # in each step.
     shapes = [x.shape for x in keras.tree.flatten(state)]
 
     def squeezed(state):

@@ -9,9 +9,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from keras_pg2.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
-# JPEG files are decoded no smaller than this times the model's picture: 2 to 4 times as fast for
-# photographs, and off by less (a level in 255 on average) than the compression itself.
-_JPEG_MARGIN = 2
 _INTERPOLATIONS = ("bicubic", "bilinear")
 _IMAGE_TYPES = "a path, a PIL image, or an array: uint8 in [0, 255] or float in [0, 1]"
 
@@ -29,8 +26,7 @@ class Preprocessor:
         sequence_length: int, T, tokens of text in a training example. Defaults to the
             pretraining lengths: 128 up to 224 px, 512 above.
         interpolation: "bilinear" (antialiased, truncated to whole levels: what the models
-            were trained with; large JPEG files are decoded at a part of their size) or
-            "bicubic" (equal to transformers' processor).
+            were trained with) or "bicubic" (equal to transformers' processor).
 
     Raises:
         ValueError: if an argument is out of range.
@@ -83,7 +79,7 @@ class Preprocessor:
             size = (self.image_size, self.image_size)
             resized = Image.fromarray(image_pixels(image)).resize(size, Image.Resampling.BICUBIC)
             return np.asarray(resized, "float32") / 127.5 - 1
-        levels = image_levels(image, _JPEG_MARGIN * self.image_size)
+        levels = image_levels(image)
         columns = _resize_rows(levels.reshape(len(levels), -1), self.image_size)
         planes = _resize_rows(columns.reshape(levels.shape[1], -1), self.image_size)
         levels = planes.reshape(3, self.image_size, self.image_size).transpose(1, 2, 0)
@@ -330,18 +326,10 @@ def image_pixels(image):
     return levels if levels.dtype == "uint8" else np.round(levels).clip(0, 255).astype("uint8")
 
 
-def image_levels(image, jpeg_side=None):
-    """One picture to uint8 or float32 (H, W, 3) in [0, 255].
-
-    Args:
-        image: see `Preprocessor.load_image`.
-        jpeg_side: int or None. JPEG files are decoded at a half, a quarter or an eighth of their
-            size as long as both sides keep this many pixels.
-    """
+def image_levels(image):
+    """One picture to uint8 or float32 (H, W, 3) in [0, 255]."""
     if isinstance(image, (str, os.PathLike)):
         with _opened(image) as opened:
-            if jpeg_side is not None:
-                opened.draft(None, (jpeg_side, jpeg_side))
             return _pil_levels(opened, repr(os.fspath(image)))
     if isinstance(image, Image.Image):
         return _pil_levels(image, "the PIL image")

@@ -6,9 +6,9 @@ import threading
 import numpy as np
 import pytest
 from keras import ops
-from PIL import ExifTags, Image
+from PIL import Image
 
-from keras_pg2.preprocessing import Preprocessor, batch_examples, image_levels
+from keras_pg2.preprocessing import Preprocessor, batch_examples
 
 PICTURES = ("gradient_500x333", "gray_123x457", "noise_200x150", "rgba_300x200")
 PICTURES += ("tall_97x1024", "wide_640x120")
@@ -93,30 +93,6 @@ def test_every_pil_mode(preprocessor, mode):
         assert row[:14].mean() < row[-14:].mean() - 100
     else:
         np.testing.assert_allclose(row, np.linspace(0, 255, 56), atol=6)
-
-
-def test_photographs_are_decoded_smaller(preprocessor, tokenizer, tmp_path):
-    """JPEG files, down to twice the model's size; less is lost than by the compression."""
-    path = tmp_path / "photograph.jpg"
-    rng = np.random.default_rng(0)
-    scene = Image.fromarray(rng.integers(0, 256, (12, 16, 3), "uint8"))
-    photograph = scene.resize((1200, 900), Image.Resampling.BICUBIC)
-    photograph.save(path, quality=90, exif=_turned(6))
-    assert image_levels(path, 112).shape == (150, 113, 3)
-    assert image_levels(path).shape == (1200, 900, 3)
-    whole = image_levels(path)
-    smaller = _levels(preprocessor.load_image(path))
-    difference = np.abs(smaller - _levels(preprocessor.load_image(whole)))
-    assert 0 < difference.mean() < 0.5
-    assert difference.max() < 3.01
-    bicubic = Preprocessor(tokenizer, 56, interpolation="bicubic")
-    np.testing.assert_array_equal(bicubic.load_image(path), bicubic.load_image(whole))
-
-
-def _turned(orientation):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    return exif
 
 
 def test_exif_orientation_is_applied(preprocessor, image, tmp_path):
