@@ -229,8 +229,8 @@ def loop(step, state, max_steps, is_done, num_rows):
                     break
                 state = step(state)
         return state
-    # Without axes of length 1: XLA for CPUs copies what has them, a cache of one row say, four times
-    # in each step.
+    # Without axes of length 1: XLA for CPUs copies what has them, such as a cache of one row, four
+    # times in each step.
     shapes = [x.shape for x in keras.tree.flatten(state)]
 
     def squeezed(state):
@@ -432,9 +432,15 @@ def write(buffer, values, index, axis=1):
         # Without a look at the index, which would wait for the device.
         places = index + torch.arange(length, device=buffer.device)
         return buffer.index_copy_(axis, places, values)
-    start = [0] * len(buffer.shape)
-    start[axis] = index
-    return ops.slice_update(buffer, start, values)
+    # Likewise without axes of length 1, see `loop`.
+    axes = [i for i, length in enumerate(buffer.shape) if length != 1 or i == axis]
+
+    def squeezed(x):
+        return ops.reshape(x, [-1 if x.shape[i] is None else x.shape[i] for i in axes])
+
+    start = [index if i == axis else 0 for i in axes]
+    written = ops.slice_update(squeezed(buffer), start, squeezed(values))
+    return ops.reshape(written, ops.shape(buffer))
 
 
 def take_rows(x, places):

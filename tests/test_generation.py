@@ -1,9 +1,12 @@
+import re
+
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_pg2 import Beam, Generation, Greedy, PaliGemma2, Sample, _backend
 from keras_pg2 import generation as generation_module
+from keras_pg2.attention import attention
 
 PROMPTS = ["caption en", "ocr", "answer en what is in the image?"]
 
@@ -525,3 +528,32 @@ def test_compilation_cache(data, image, tmp_path):
         for name, value in before.items():
             jax.config.update(name, value)
         _backend.jax_cache.reset_cache()
+
+
+@pytest.mark.slow  # with XLA's optimizations alone
+def test_a_cache_of_one_row_stays_where_it_is():
+    """XLA for CPUs would copy it four times for each token."""
+    if _backend.BACKEND != "jax":
+        pytest.skip("jax only: it shows the compiled program")
+    import jax
+
+    def step(state):
+        x, index = state["x"], state["index"]
+        key, value = (
+            _backend.write(buffer, ops.swapaxes(x, 1, 2), index, axis=2)
+            for buffer in state["cache"]
+        )
+        x = attention(x, key, value, logit_softcap=50.0)
+        return {"x": x, "index": index + 1, "cache": [key, value]}
+
+    def run(state):
+        return _backend.loop(step, state, 5, lambda state: state["index"] > 100, 1)
+
+    cache = [np.zeros((1, 4, 1024, 64), "float32")] * 2
+    state = {"x": np.ones((1, 1, 4, 64), "float32"), "index": np.int32(0), "cache": cache}
+    with jax.default_device(jax.devices("cpu")[0]):
+        program = jax.jit(run).lower(state).compile().as_text()
+    (body,) = re.findall(r" while\(.*body=%?([\w.-]+)", program)
+    lines = re.search(rf"^%?{re.escape(body)} .*?^}}", program, re.DOTALL | re.MULTILINE)[0]
+    assert "4,1024,64]" in lines
+    assert not re.findall(r"4,1024,64\]\S* copy\(", lines)
