@@ -665,7 +665,7 @@ def int4_tile(codes):
     """How many rows torch's product of int4 wants beside each other in memory.
 
     Args:
-        codes: tensor, where the product will run.
+        codes: uint8 tensor, on the device where the product will run.
 
     Returns:
         int, or None for the plain layout.
@@ -726,7 +726,7 @@ def unpack_int4(codes, tile=None):
 
 
 def halves_of_int4(codes):
-    """Lower and upper halves of bytes."""
+    """Lower and upper halves of bytes: two tensors 0 … 15, uint8 of the shape of `codes`."""
     return ops.bitwise_and(codes, 15), ops.right_shift(codes, 4)
 
 
