@@ -11,6 +11,7 @@ jax and tensorflow.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import threading
@@ -88,7 +89,7 @@ def measure(what, backend):
     dtype = "bfloat16" if backend == "torch" else "float32"
     if what == "memory":
         model = peers.keras_pg2_model("3b", dtype, image_size=896)
-        weights = sum(variable.value.nbytes for variable in model.variables) / 1e9
+        weights = sum(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.variables) / 1e9
         lengths, max_new_tokens = first
         inputs, held = make_inputs(lengths, image_size=896), resident_gb()
         peak = peak_gb(lambda: model.generate(inputs, max_new_tokens=max_new_tokens))

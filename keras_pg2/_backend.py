@@ -479,7 +479,7 @@ def matmul_transposed_float32(x, matrix):
     """`x @ matrix.T` without rounding the result to the dtype of the operands.
 
     The vocabulary has 257,152 logits, and bfloat16 tells only 22 values above 20 apart. With
-    torch on a CPU a single row is rounded but for its largest results, see `refined`.
+    torch on a CPU those of a few rows are rounded but for the largest, see `refined`.
 
     Args:
         x: float (..., D).
@@ -488,6 +488,24 @@ def matmul_transposed_float32(x, matrix):
     Returns:
         float32 (..., V).
     """
+    is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
+    if is_float32 and in_program() and has_few_rows(x) and math.prod(x.shape[:-1]) > 1:
+        return few_rows_on_cpu(_logits_of_few, _logits, x, matrix)
+    return _logits(x, matrix)
+
+
+def _logits_of_few(x, matrix):
+    """Two to eight rows, as XLA compiles them for a CPU without laying the matrix out anew."""
+    rows = ops.reshape(x, (-1, x.shape[-1]))
+    if BACKEND == "jax":
+        logits = ops.sum(matrix[:, None] * rows[None], axis=-1)
+    else:  # an earlier XLA, which is fast with 16 columns
+        columns = ops.transpose(ops.pad(rows, ((0, 16 - rows.shape[0]), (0, 0))))
+        logits = ops.matmul(matrix, columns)[:, : rows.shape[0]]
+    return ops.reshape(ops.transpose(logits), (*x.shape[:-1], matrix.shape[0]))
+
+
+def _logits(x, matrix):
     if BACKEND == "jax":
         return jnp.einsum("...d,vd->...v", x, matrix, preferred_element_type="float32")
     is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
@@ -497,8 +515,8 @@ def matmul_transposed_float32(x, matrix):
     rows, columns = x.reshape(-1, x.shape[-1]), matrix.t()
     if x.device.type == "cuda":
         logits = torch.mm(rows, columns, out_dtype=torch.float32)
-    elif len(rows) == 1:
-        with _products_of(1):
+    elif len(rows) <= _MAX_FEW_ROWS:
+        with _products_of(len(rows)):
             return refined(torch.matmul(x, columns), x, lambda places: matrix[places].float())
     else:
         # A CPU rounds results. What was rounded off is a second product less the first; it takes
