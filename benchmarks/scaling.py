@@ -89,11 +89,11 @@ def measure(what, backend):
     dtype = "bfloat16" if backend == "torch" else "float32"
     if what == "memory":
         model = peers.keras_pg2_model("3b", dtype, image_size=896)
-        weights = sum(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.variables) / 1e9
+        sizes = [math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.variables]
         lengths, max_new_tokens = first
         inputs, held = make_inputs(lengths, image_size=896), resident_gb()
         peak = peak_gb(lambda: model.generate(inputs, max_new_tokens=max_new_tokens))
-        return weights, peak - held
+        return sum(sizes) / 1e9, peak - held
     model = peers.keras_pg2_model("mid", dtype)
     times = decode_seconds(model, (first, second))
     if what == "cache":

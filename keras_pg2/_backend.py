@@ -26,7 +26,9 @@ BACKEND = keras.config.backend()
 IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
 # From about 16 rows on, products with a quantized matrix in the clear are faster.
 _MAX_FEW_ROWS = 8
-_NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
+# Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
+MASKED_LOGIT = -2.3819763e38
+_NUM_REFINED = 256  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
     import jax
@@ -278,9 +280,68 @@ def rotate(x, cos, sin):
     """
     half = x.shape[-1] // 2
     if BACKEND == "torch":
+        x = x.float()
         return x * cos + torch.roll(x, half, -1) * sin
+    x = ops.cast(x, "float32")
     first, second, cos, sin = x[..., :half], x[..., half:], cos[..., half:], sin[..., half:]
     return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rms_normalize(x, scale, eps):
+    """`ops.rms_normalization(x, 1 + scale)` in the dtype of `x`.
+
+    Here and in `attention` torch is called directly, since a Keras operation takes longer there
+    than the computation for one token.
+    """
+    if BACKEND == "torch":
+        scale = 1.0 + scale.float()
+        return torch.nn.functional.rms_norm(x.float(), scale.shape, scale, eps).to(x.dtype)
+    return ops.rms_normalization(x, 1.0 + ops.cast(scale, "float32"), epsilon=eps)
+
+
+def attention(query, key, value, mask, logit_softcap):
+    """`attention.attention` by torch without gradients, in the memory of the logits; else None."""
+    if needs_gradients() or BACKEND != "torch":
+        return None
+    batch_size, query_length, num_heads, head_dim = query.shape
+    num_kv_heads, key_length = key.shape[1:3]
+    query = query.view(batch_size, query_length, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+    query = query.reshape(batch_size, num_kv_heads, -1, head_dim)  # (B, K, G · T, H)
+    logits = torch.matmul(query, key.transpose(2, 3)).float()
+    if logit_softcap is not None:
+        logits = logits.div_(logit_softcap).tanh_().mul_(logit_softcap)
+    logits = logits.view(batch_size, num_kv_heads, -1, query_length, key_length)
+    if mask is not None:
+        logits = logits.masked_fill_(~mask[:, None, None], MASKED_LOGIT)
+    probs = torch.softmax(logits, dim=-1).to(value.dtype).flatten(2, 3)
+    output = torch.matmul(probs, value).view(batch_size, num_heads, query_length, head_dim)
+    return output.transpose(1, 2)
+
+
+def attention_logits(query, key):
+    """Products of queries and keys.
+
+    Args:
+        query: float (B, T, K, G, H).
+        key: float (B, K, S, H).
+
+    Returns:
+        float32 (B, K, G, T, S).
+    """
+    if BACKEND == "tensorflow" and query.shape[1] == 1 and _is_tf_on_cpu():
+        # A vector at a time; XLA is half as fast with the few heads that share a key.
+        return ops.stack(
+            [
+                einsum_float32("bksh,bkh->bks", key, query[:, 0, :, head])[:, :, None]
+                for head in range(query.shape[3])
+            ],
+            axis=2,
+        )
+    return einsum_float32("btkgh,bksh->bkgts", query, key)
+
+
+def _is_tf_on_cpu():
+    return not any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
 
 
 def recomputed(function):
@@ -531,15 +592,16 @@ def matmul(x, kernel):
 
     Args:
         x: float (..., in).
-        kernel: variable or tensor (in, out) of the dtype of `x`.
+        kernel: variable or tensor (in, out).
 
     Returns:
-        float (..., out).
+        float (..., out) in the dtype of `kernel`.
     """
     if BACKEND != "torch" or torch.is_grad_enabled():
-        return ops.matmul(x, kernel)
+        return ops.matmul(ops.cast(x, kernel.dtype), kernel)
     is_variable = isinstance(kernel, keras.Variable)
     matrix = kernel.value if is_variable else kernel
+    x = x.to(matrix.dtype)
     if x.device.type != "cpu" or x.numel() != x.shape[-1] or x.dtype == torch.float32:
         return torch.matmul(x, matrix)
     if is_variable:
@@ -577,14 +639,26 @@ def refined(rounded, x, take):
         take: callable, from places int (n,) to rows of the matrix, float32 (n, C).
 
     Returns:
-        float32 (..., R), of which the 512 largest of each row are exact.
+        float32 (..., R), of which the 256 largest of each row are exact.
     """
-    products, rows = rounded.float(), x.float().reshape(-1, x.shape[-1])
-    count = min(_NUM_REFINED, products.shape[-1])
-    for product, row in zip(products.view(-1, products.shape[-1]), rows):
-        places = torch.topk(product, count, sorted=False).indices
+    shape, size = rounded.shape, rounded.shape[-1]
+    products, rows = rounded.float().view(-1, size), x.float().reshape(-1, x.shape[-1])
+    for product, row, places in zip(products, rows, _largest(products)):
         product[places] = take(places) @ row
-    return products
+    return products.view(shape)
+
+
+def _largest(products):
+    """Places int64 (n, k) of the largest of each row of float (n, R)."""
+    size, count = products.shape[-1], min(_NUM_REFINED, products.shape[-1])
+    if size % 128 or size < 128 * count:
+        return torch.topk(products, count, sorted=False).indices
+    # They lie in those blocks that have the largest maxima; so most of a row is sorted no more.
+    by_blocks = products.view(len(products), -1, 128)
+    blocks = torch.topk(by_blocks.amax(dim=-1), count, sorted=False).indices
+    candidates = by_blocks.gather(1, blocks[..., None].expand(-1, -1, 128)).flatten(1)
+    places = torch.topk(candidates, count, sorted=False).indices
+    return 128 * blocks.gather(1, places // 128) + places % 128
 
 
 def fastest_dtype():
@@ -653,8 +727,7 @@ def few_rows_on_cpu(on_cpu, otherwise, x, *args):
         return otherwise(x, *args)
     if BACKEND == "jax":
         return jax.lax.platform_dependent(x, *args, cpu=on_cpu, default=otherwise)
-    is_on_cpu = not any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
-    return (on_cpu if is_on_cpu else otherwise)(x, *args)
+    return (on_cpu if _is_tf_on_cpu() else otherwise)(x, *args)
 
 
 def int4_product(x, codes, scales, tile):

@@ -1,5 +1,7 @@
 """Gemma 1 and 2 decoder. One forward pass serves training, prefill and decoding."""
 
+import functools
+
 import keras
 from keras import activations, layers, ops
 
@@ -31,11 +33,8 @@ class RMSNorm(DirectCall, layers.Layer):
         self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer="zeros")
 
     def call(self, x):
-        return _backend.recomputed(self._normalize)(x, ops.convert_to_tensor(self.scale))
-
-    def _normalize(self, x, scale):
-        scale = 1.0 + ops.cast(scale, "float32")
-        return ops.rms_normalization(x, scale, epsilon=self.eps)
+        normalize = functools.partial(_backend.rms_normalize, eps=self.eps)
+        return _backend.recomputed(normalize)(x, self.scale.value)
 
     def compute_output_shape(self, input_shape):
         return input_shape

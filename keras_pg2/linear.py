@@ -111,19 +111,22 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
 
     def _matmul(self, inputs, kernel):
         if isinstance(kernel, QuantizedMatrix):
-            multiply = kernel.multiply
+
+            def multiply(inputs):
+                return kernel.multiply(ops.cast(inputs, self.compute_dtype))
+
         else:
             if kernel.dtype != self.compute_dtype:
                 kernel = ops.cast(kernel, self.compute_dtype)
             multiply = functools.partial(_backend.matmul, kernel=kernel)
         if self.compute_dtype != "float16":
-            return multiply(ops.cast(inputs, self.compute_dtype))
+            return multiply(inputs)
         inputs = ops.cast(inputs, "float32")
         largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
         # The largest input becomes 1/32: sums of many products must fit too.
         exponent = ops.ceil(ops.log2(ops.maximum(largest, 1e-30))) + 5
         scale = ops.power(2.0, exponent)
-        outputs = multiply(ops.cast(inputs / scale, "float16"))
+        outputs = multiply(inputs / scale)
         return ops.cast(outputs, "float32") * scale
 
     def _add_lora(self, outputs, inputs, training):
