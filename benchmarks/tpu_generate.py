@@ -3,9 +3,10 @@
     pip install --no-deps --target TPU "libtpu==0.0.42.*"
     PYTHONPATH=TPU python benchmarks/tpu_generate.py [--batch 1 64] [--quantize int8]
 
-Compiles the two programs of `generate` for 3B-224 on one v5e chip: prefill of 256 image tokens and
-32 of text, and decoding with a cache of 384 tokens, of which the compiler counts one step. Beside
-the prefill's FLOPs stands the least that the architecture needs, two for each weight and token and
+Compiles the two programs of `generate` for 3B on one v5e chip: prefill of the image tokens and 32
+of text, and decoding with a cache of 128 text tokens, of which the compiler counts one step. (Of a
+loop it counts one turn: with 896 px, whose attention is one, the prefill's FLOPs are too few.)
+Beside the prefill's FLOPs stands the least that the architecture needs, two for each weight and token and
 for each pair of query and key that may see each other; the last block computes keys and values
 alone for image tokens.
 
@@ -39,7 +40,7 @@ import keras_pg2
 from keras_pg2 import _backend, generation
 
 GIB = 2**30
-TEXT_LENGTH, CACHE_LENGTH = 32, 384
+TEXT_LENGTH, MAX_TEXT_LENGTH = 32, 128
 
 
 def least_flops(config, batch_size):
@@ -115,9 +116,10 @@ def _sliced_bytes(instructions, index):
     return math.inf
 
 
-def compile_programs(batch_size, dtype, mode):
+def compile_programs(batch_size, image_size, dtype, mode):
     device = topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices[0]
-    config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b", 224)
+    config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b", image_size)
+    cache_length = config.vision.num_tokens + MAX_TEXT_LENGTH
     with _backend.variables_without_values():
         model = keras_pg2.PaliGemma2(config, dtype=dtype)
         if mode:
@@ -131,14 +133,15 @@ def compile_programs(batch_size, dtype, mode):
 
     def with_values(function):
         def program(values, *args):
+            _backend._state.in_program = True  # as in `Programs.get`
             with keras.StatelessScope(state_mapping=zip(model.variables, values)):
                 return function(*args)
 
         return program
 
     def prefill(inputs):
-        length = CACHE_LENGTH - config.vision.num_tokens
-        return generation._prefill(model, generation.Greedy(), inputs, {}, CACHE_LENGTH, length)
+        sampler = generation.Greedy()
+        return generation._prefill(model, sampler, inputs, {}, cache_length, MAX_TEXT_LENGTH)
 
     def advance(state, limit):
         return generation._advance(model, generation.Greedy(), state, limit)
@@ -146,7 +149,7 @@ def compile_programs(batch_size, dtype, mode):
     values = placed([np.broadcast_to(np.zeros((), v.dtype), v.shape) for v in model.variables])
     shape = (batch_size, TEXT_LENGTH)
     inputs = {
-        "images": jax.ShapeDtypeStruct((batch_size, 224, 224, 3), "float32"),
+        "images": jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), "float32"),
         "token_ids": jax.ShapeDtypeStruct(shape, "int32"),
         "padding_mask": jax.ShapeDtypeStruct(shape, "bool"),
         "suffix_mask": jax.ShapeDtypeStruct(shape, "bool"),
@@ -185,6 +188,7 @@ def compile_programs(batch_size, dtype, mode):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64])
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantize", choices=["int8", "int4"])
     options = parser.parse_args()
@@ -195,7 +199,7 @@ def main():
     print(f"| {columns} |")
     print("|---" * 13 + "|", flush=True)
     for batch_size in options.batch:
-        compile_programs(batch_size, options.dtype, options.quantize)
+        compile_programs(batch_size, options.image_size, options.dtype, options.quantize)
 
 
 if __name__ == "__main__":

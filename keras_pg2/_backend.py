@@ -26,6 +26,7 @@ BACKEND = keras.config.backend()
 IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
 # From about 16 rows on, products with a quantized matrix in the clear are faster.
 _MAX_FEW_ROWS = 8
+MAX_TOKENS = 2048  # whose activations inside an MLP are in memory at a time
 # Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
 MASKED_LOGIT = -2.3819763e38
 _NUM_REFINED = 256  # logits of a row that are computed in float32, see `refined`
@@ -272,6 +273,44 @@ def repeat(step, count, state):
     return ops.fori_loop(0, count, step, state)
 
 
+def in_chunks(function, tensors, max_length):
+    """`function(*tensors)`, with a part of axis 1 at a time, which bounds memory.
+
+    Args:
+        function: callable, from tensors to one of the shape and dtype of the first of them.
+        tensors: list of tensors of one length along axis 1.
+        max_length: int, of a part.
+    """
+    length = tensors[0].shape[1]
+    if not isinstance(length, int) or length <= max_length:
+        return function(*tensors)
+    return (_loop if IS_COMPILED and in_program() else _unrolled)(function, tensors, max_length)
+
+
+def _unrolled(function, tensors, max_length):
+    starts = range(0, tensors[0].shape[1], max_length)
+    parts = [[x[:, start : start + max_length] for x in tensors] for start in starts]
+    return ops.concatenate([function(*part) for part in parts], axis=1)
+
+
+def _loop(function, tensors, max_length):
+    # It writes over what it has read. Otherwise XLA for CPUs begins with all parts, or with the
+    # memory of all outputs, at once.
+    length = tensors[0].shape[1]
+    counts = range(math.ceil(length / max_length), length + 1)
+    part_length = length // next(count for count in counts if length % count == 0)
+
+    def step(index, outputs):
+        start = index * part_length
+        parts = []
+        for x in (outputs, *tensors[1:]):
+            starts = [start if axis == 1 else 0 for axis in range(len(x.shape))]
+            parts.append(ops.slice(x, starts, (x.shape[0], part_length, *x.shape[2:])))
+        return write(outputs, function(*parts), start)
+
+    return repeat(step, length // part_length, tensors[0])
+
+
 def rotate(x, cos, sin):
     """Rotates the pairs `(j, j + H / 2)` of the last axis, see `attention.apply_rotary`.
 
@@ -280,7 +319,7 @@ def rotate(x, cos, sin):
     """
     half = x.shape[-1] // 2
     if BACKEND == "torch":
-        x = x.float()
+        x = ops.convert_to_tensor(x, dtype="float32")
         return x * cos + torch.roll(x, half, -1) * sin
     x = ops.cast(x, "float32")
     first, second, cos, sin = x[..., :half], x[..., half:], cos[..., half:], sin[..., half:]
@@ -290,8 +329,8 @@ def rotate(x, cos, sin):
 def rms_normalize(x, scale, eps):
     """`ops.rms_normalization(x, 1 + scale)` in the dtype of `x`.
 
-    Here and in `attention` torch is called directly, since a Keras operation takes longer there
-    than the computation for one token.
+    Here and in `torch_attention` torch is called directly, since a Keras operation takes longer
+    there than the computation for one token.
     """
     if BACKEND == "torch":
         scale = 1.0 + scale.float()
@@ -299,10 +338,8 @@ def rms_normalize(x, scale, eps):
     return ops.rms_normalization(x, 1.0 + ops.cast(scale, "float32"), epsilon=eps)
 
 
-def attention(query, key, value, mask, logit_softcap):
-    """`attention.attention` by torch without gradients, in the memory of the logits; else None."""
-    if needs_gradients() or BACKEND != "torch":
-        return None
+def torch_attention(query, key, value, mask, logit_softcap):
+    """`attention.attention` without gradients, in the memory of the logits."""
     batch_size, query_length, num_heads, head_dim = query.shape
     num_kv_heads, key_length = key.shape[1:3]
     query = query.view(batch_size, query_length, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
@@ -329,15 +366,15 @@ def attention_logits(query, key):
         float32 (B, K, G, T, S).
     """
     if BACKEND == "tensorflow" and query.shape[1] == 1 and _is_tf_on_cpu():
-        # A vector at a time; XLA is half as fast with the few heads that share a key.
-        return ops.stack(
-            [
-                einsum_float32("bksh,bkh->bks", key, query[:, 0, :, head])[:, :, None]
-                for head in range(query.shape[3])
-            ],
-            axis=2,
-        )
+        return _logits_of_one(query, key)
     return einsum_float32("btkgh,bksh->bkgts", query, key)
+
+
+def _logits_of_one(query, key):
+    # Head by head: XLA is half as fast with all those that share a key.
+    heads = [query[:, 0, :, head] for head in range(query.shape[3])]
+    logits = [einsum_float32("bksh,bkh->bks", key, head) for head in heads]
+    return ops.stack(logits, axis=2)[:, :, :, None]
 
 
 def _is_tf_on_cpu():

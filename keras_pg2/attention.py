@@ -9,6 +9,8 @@ Pure functions of tensors. Axis letters, here and in every docstring of the pack
                                                  I image side in pixels
 """
 
+import math
+
 from keras import ops
 
 from keras_pg2 import _backend
@@ -139,30 +141,20 @@ def attention(query, key, value, mask=None, logit_softcap=None):
     """
     query = ops.cast(query, key.dtype)
     function = _backend.recomputed(
-        lambda query, key, value, mask: _attention(query, key, value, mask, logit_softcap)
+        lambda key, value, query, mask=None: _attention(query, key, value, mask, logit_softcap)
     )
-    query_length, key_length = query.shape[1], key.shape[2]
-    is_static = isinstance(query_length, int) and isinstance(key_length, int)
-    chunk = max(1, _MAX_LOGITS // key_length) if is_static else None
-    if not is_static or query_length <= chunk:
-        return function(query, key, value, mask)
     # Long prefixes (896 px has 4,096 image tokens) would need gigabytes of logits.
-    outputs = [
-        function(
-            query[:, start : start + chunk],
-            key,
-            value,
-            None if mask is None else mask[:, start : start + chunk],
-        )
-        for start in range(0, query_length, chunk)
-    ]
-    return ops.concatenate(outputs, axis=1)
+    is_known = isinstance(key.shape[2], int)
+    return _backend.in_chunks(
+        lambda *args: function(key, value, *args),
+        [query] if mask is None else [query, mask],
+        max_length=max(1, _MAX_LOGITS // key.shape[2]) if is_known else math.inf,
+    )
 
 
 def _attention(query, key, value, mask, logit_softcap):
-    output = _backend.attention(query, key, value, mask, logit_softcap)
-    if output is not None:
-        return output
+    if not _backend.IS_COMPILED and not _backend.needs_gradients():
+        return _backend.torch_attention(query, key, value, mask, logit_softcap)
     num_heads, head_dim = query.shape[2:]
     num_kv_heads = key.shape[1]
     query_length = ops.shape(query)[1]

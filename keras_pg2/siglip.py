@@ -74,6 +74,9 @@ class SiglipMLP(DirectCall, layers.Layer):
         self.down.build((*input_shape[:-1], self.config.mlp_dim))
 
     def call(self, x):
+        return _backend.in_chunks(self._multiply, [x], _backend.MAX_TOKENS)
+
+    def _multiply(self, x):
         return self.down(_backend.recomputed(_gelu)(self.up(x)))
 
     def compute_output_shape(self, input_shape):
