@@ -4,11 +4,11 @@
     PYTHONPATH=TPU python benchmarks/tpu_generate.py [--batch 1 64] [--quantize int8]
 
 Compiles the two programs of `generate` for 3B on one v5e chip: prefill of the image tokens and 32
-of text, and decoding with a cache of 128 text tokens, of which the compiler counts one step. (Of a
-loop it counts one turn: with 896 px, whose attention is one, the prefill's FLOPs are too few.)
-Beside the prefill's FLOPs stands the least that the architecture needs, two for each weight and token and
-for each pair of query and key that may see each other; the last block computes keys and values
-alone for image tokens.
+of text, and decoding with a cache for 128 tokens of text, of which the compiler counts one step.
+Beside the prefill's FLOPs stands the least that the architecture needs, two for each weight and
+token and for each pair of query and key that may see each other; the last block computes keys and
+values alone for image tokens. With `--image-size 896` the prefill has loops, of which the compiler
+counts one turn.
 
 Beside the bytes of a step stand those of the decoder's weights, as they are stored, and of the
 cache. The compiler's own sum counts a weight three times that it brings into the memory of the chip
