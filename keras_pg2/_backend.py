@@ -29,7 +29,7 @@ _MAX_FEW_ROWS = 8
 MAX_TOKENS = 2048  # whose activations inside an MLP are in memory at a time
 # Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
 MASKED_LOGIT = -2.3819763e38
-_NUM_REFINED = 256  # logits of a row that are computed in float32, see `refined`
+_NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
     import jax
@@ -676,7 +676,7 @@ def refined(rounded, x, take):
         take: callable, from places int (n,) to rows of the matrix, float32 (n, C).
 
     Returns:
-        float32 (..., R), of which the 256 largest of each row are exact.
+        float32 (..., R), of which the 512 largest of each row are exact.
     """
     shape, size = rounded.shape, rounded.shape[-1]
     products, rows = rounded.float().view(-1, size), x.float().reshape(-1, x.shape[-1])

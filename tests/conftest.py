@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+import types
 from importlib.metadata import version
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 
 import keras_pg2
+from keras_pg2 import _backend
 
 DATA = pathlib.Path(__file__).parent / "parity" / "data"
 
@@ -32,6 +34,13 @@ DATA = pathlib.Path(__file__).parent / "parity" / "data"
 def data():
     """Folder of the goldens: inputs and outputs of other libraries on tiny random weights."""
     return DATA
+
+
+@pytest.fixture
+def run_in_program():
+    """Gives the compiled form of a function of tensors, as generation uses it."""
+    no_model = types.SimpleNamespace(variables=[], jax_state_sync=lambda: None)
+    return lambda function: _backend.Programs().get(no_model, function.__name__, function)
 
 
 @pytest.fixture(scope="session")

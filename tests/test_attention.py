@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_pg2 import _backend
 from keras_pg2 import attention as attention_module
 from keras_pg2.attention import (
     apply_rotary,
@@ -122,19 +123,44 @@ def _reference(query, key, value, mask, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("max_logits", [1024 * 1024, 22])
-def test_attention_agrees_with_a_loop(monkeypatch, softcap, max_logits):
-    monkeypatch.setattr(attention_module, "_MAX_LOGITS", max_logits)  # 22: chunks of 2 queries
+@pytest.mark.parametrize("max_logits", [1024 * 1024, 22])  # 22: chunks of 2 queries
+@pytest.mark.parametrize("length", [1, 5, 6])
+@pytest.mark.parametrize("in_program", [False, True])
+def test_attention_agrees_with_a_loop(
+    monkeypatch, softcap, max_logits, length, in_program, run_in_program
+):
+    monkeypatch.setattr(attention_module, "_MAX_LOGITS", max_logits)
     rng = np.random.default_rng(0)
-    query = rng.normal(size=(2, 5, 6, 4)).astype("float32")
+    query = rng.normal(size=(2, length, 6, 4)).astype("float32")
     key = rng.normal(size=(2, 11, 3, 4)).astype("float32")
     value = rng.normal(size=(2, 11, 3, 4)).astype("float32")
-    mask = rng.random((2, 5, 11)) < 0.6
+    mask = rng.random((2, length, 11)) < 0.6
     mask[:, :, 0] = True
     heads_first = (key.swapaxes(1, 2), value.swapaxes(1, 2))
-    output = attention(*map(ops.convert_to_tensor, (query, *heads_first, mask)), softcap)
+
+    def attend(query, key, value, mask):
+        return attention(query, key, value, mask, softcap)
+
+    attend = run_in_program(attend) if in_program else attend
+    output = attend(*map(ops.convert_to_tensor, (query, *heads_first, mask)))
     expected = _reference(query, key, value, mask, softcap)
     np.testing.assert_allclose(ops.convert_to_numpy(output), expected, atol=1e-6)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "jax", reason="looks at what jax compiles")
+def test_one_chunk_of_logits_is_in_memory_at_a_time(monkeypatch):
+    import jax
+
+    def attend_twice(query, key):
+        for _ in range(2):
+            query = attention(query, key, key)
+        return query
+
+    monkeypatch.setattr(_backend._state, "in_program", True, raising=False)
+    shapes = ((1, 4096, 2, 8), (1, 2, 4096, 8))  # two heads have 128 MiB of logits
+    args = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    compiled = jax.jit(attend_twice).lower(*args).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 24 * 2**20  # a chunk: 8 MiB, twice
 
 
 def test_a_query_without_keys_is_finite():

@@ -5,6 +5,7 @@ import pytest
 from keras import ops
 
 from keras_pg2 import Beam, Generation, Greedy, PaliGemma2, Sample, _backend
+from keras_pg2 import attention as attention_module
 from keras_pg2 import generation as generation_module
 from keras_pg2.attention import attention
 
@@ -75,6 +76,18 @@ def test_a_ragged_batch_equals_one_by_one(model, image, sampler):
         assert answer.text == alone.text
         assert answer.token_ids.tolist() == alone.token_ids.tolist()
         np.testing.assert_allclose(answer.log_probs, alone.log_probs, atol=1e-4)
+
+
+def test_long_prefixes_are_read_in_parts(model, image, monkeypatch):
+    options = {"max_new_tokens": 6, "details": True}
+    whole = model.generate([image, image[::-1]], PROMPTS[:2], **options)
+    monkeypatch.setattr(model, "programs", _backend.Programs())
+    monkeypatch.setattr(_backend, "MAX_TOKENS", 3)
+    monkeypatch.setattr(attention_module, "_MAX_LOGITS", 64)
+    parts = model.generate([image, image[::-1]], PROMPTS[:2], **options)
+    for answer, expected in zip(parts, whole):
+        assert answer.token_ids.tolist() == expected.token_ids.tolist()
+        np.testing.assert_allclose(answer.log_probs, expected.log_probs, atol=1e-4)
 
 
 def test_batches_are_split(model, image):

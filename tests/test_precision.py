@@ -138,7 +138,7 @@ def test_generation_in_low_precision(data, model, image, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 3, 16])
 def test_logits_are_not_rounded(dtype, num_rows):
     """A bfloat16 near 10 is off by up to 0.03."""
     rng = np.random.default_rng(0)
@@ -148,6 +148,31 @@ def test_logits_are_not_rounded(dtype, num_rows):
     logits = _backend.to_numpy(_program(_backend.matmul_transposed_float32, x, matrix))
     assert logits.dtype == "float32"
     np.testing.assert_allclose(logits, x64 @ matrix64.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_the_largest_of_many_logits_are_not_rounded(num_rows):
+    """A vocabulary so large that torch looks for the largest block by block."""
+    rng = np.random.default_rng(0)
+    x = ops.cast(rng.normal(size=(num_rows, 16)) * 3, "bfloat16")
+    matrix = ops.cast(rng.normal(size=(128 * 600, 16)), "bfloat16")
+    logits = _backend.to_numpy(_program(_backend.matmul_transposed_float32, x, matrix))
+    x64, matrix64 = (ops.convert_to_numpy(ops.cast(t, "float32")) for t in (x, matrix))
+    expected = x64 @ matrix64.T
+    for row, products in zip(logits, expected):
+        largest = np.argsort(products)[-250:]  # of 512 that were so before
+        np.testing.assert_allclose(row[largest], products[largest], atol=1e-3)
+    np.testing.assert_allclose(logits, expected, atol=0.2)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 9])
+def test_logits_of_a_few_rows(run_in_program, num_rows):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(num_rows, 1, 64)).astype("float32")
+    matrix = rng.normal(size=(300, 64)).astype("float32")
+    product = run_in_program(_backend.matmul_transposed_float32)
+    logits = ops.convert_to_numpy(product(*map(ops.convert_to_tensor, (x, matrix))))
+    np.testing.assert_allclose(logits, x @ matrix.T, atol=1e-4)
 
 
 def test_a_single_row():
