@@ -1,6 +1,7 @@
 """Pictures, prompts and answers to the arrays that the model reads. NumPy and Pillow only."""
 
 import concurrent.futures
+import functools
 import math
 import os
 
@@ -105,7 +106,7 @@ class Preprocessor:
                 f"example. Received: {[len(images) for images in examples]} images"
             )
         # Threads of this call alone: a pool that stays would hang forked data loaders.
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        with concurrent.futures.ThreadPoolExecutor(_num_cores()) as threads:
             flat = list(
                 threads.map(self.load_image, [image for images in examples for image in images])
             )
@@ -197,6 +198,12 @@ class Preprocessor:
         weight = np.roll(suffix_mask, -1, axis=1).astype("float32")
         weight[:, -1] = 0
         return x, y, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
+
+
+def _num_cores():
+    """Cores that this process may use; Python counts all."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def align_right(texts, length=0):
@@ -306,18 +313,28 @@ def _resize_rows(rows, count):
     Returns:
         float32 (X, count), transposed, so that the next axis comes first.
     """
-    step = len(rows) / count
-    reach = max(step, 1)
     outputs = np.empty((rows.shape[1], count), "float32")
-    for start in range(0, count, 16):  # a product of few new rows with the old ones near them
-        centers = (np.arange(start, min(start + 16, count)) + 0.5) * step
-        first = max(int(centers[0] - reach), 0)
-        near = rows[first : math.ceil(centers[-1] + reach)]
-        distances = centers[:, None] - (np.arange(first, first + len(near)) + 0.5)
+    # Products of few new rows with the old ones near them.
+    for start, near, weights in _triangles(len(rows), count):
+        products = weights @ rows[near].astype("float32")
+        outputs[:, start : start + len(weights)] = products.T
+    return outputs
+
+
+@functools.lru_cache(maxsize=32)
+def _triangles(length, count):
+    """For eight new rows at a time: the first, a slice of old ones, and their weights float32."""
+    step = length / count
+    reach = max(step, 1)
+    parts = []
+    for start in range(0, count, 8):
+        centers = (np.arange(start, min(start + 8, count)) + 0.5) * step
+        near = slice(max(int(centers[0] - reach), 0), min(math.ceil(centers[-1] + reach), length))
+        distances = centers[:, None] - (np.arange(near.start, near.stop) + 0.5)
         weights = np.maximum(1 - np.abs(distances) / reach, 0)
         weights /= weights.sum(axis=1, keepdims=True)
-        outputs[:, start : start + 16] = near.astype("float32").T @ weights.T.astype("float32")
-    return outputs
+        parts.append((start, near, weights.astype("float32")))
+    return parts
 
 
 def image_pixels(image):
@@ -389,7 +406,13 @@ def _pil_levels(image, name):
         if image.mode.startswith("I"):
             grey = np.asarray(image).astype("float32")
             image = Image.fromarray(grey / 257 if grey.max() > 255 else grey)  # 16 or 8 bits
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        # In strips that fit in a cache: as a whole Pillow copies it three times.
+        levels = np.empty((image.height, image.width, 3), "uint8")
+        for top in range(0, image.height, 128):
+            bottom = min(top + 128, image.height)
+            levels[top:bottom] = image.crop((0, top, image.width, bottom))
+        return levels
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"The image {name} is damaged or of an unknown kind: {error}. Can another program "
