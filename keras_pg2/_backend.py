@@ -284,7 +284,7 @@ def in_chunks(function, tensors, max_length):
     length = tensors[0].shape[1]
     if not isinstance(length, int) or length <= max_length:
         return function(*tensors)
-    return (_loop if IS_COMPILED and in_program() else _unrolled)(function, tensors, max_length)
+    return (_looped if IS_COMPILED and in_program() else _unrolled)(function, tensors, max_length)
 
 
 def _unrolled(function, tensors, max_length):
@@ -293,7 +293,7 @@ def _unrolled(function, tensors, max_length):
     return ops.concatenate([function(*part) for part in parts], axis=1)
 
 
-def _loop(function, tensors, max_length):
+def _looped(function, tensors, max_length):
     # It writes over what it has read. Otherwise XLA for CPUs begins with all parts, or with the
     # memory of all outputs, at once.
     length = tensors[0].shape[1]
