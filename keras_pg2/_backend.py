@@ -588,7 +588,7 @@ def matmul_transposed_float32(x, matrix):
     """
     is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
     if is_float32 and in_program() and has_few_rows(x) and math.prod(x.shape[:-1]) > 1:
-        return few_rows_on_cpu(_logits_of_few, _logits, x, matrix)
+        return where_xla_is_on_cpu(_logits_of_few, _logits, x, matrix)
     return _logits(x, matrix)
 
 
@@ -758,13 +758,12 @@ def has_few_rows(x):
     return None not in x.shape and math.prod(x.shape[:-1]) <= _MAX_FEW_ROWS
 
 
-def few_rows_on_cpu(on_cpu, otherwise, x, *args):
-    """Calls `on_cpu(x, *args)` for a few rows where XLA compiles for a CPU, else `otherwise`."""
-    if BACKEND == "torch" or not has_few_rows(x):
-        return otherwise(x, *args)
+def where_xla_is_on_cpu(on_cpu, otherwise, *args):
+    """Calls `on_cpu(*args)` where XLA compiles for a CPU, else `otherwise(*args)`."""
     if BACKEND == "jax":
-        return jax.lax.platform_dependent(x, *args, cpu=on_cpu, default=otherwise)
-    return (on_cpu if _is_tf_on_cpu() else otherwise)(x, *args)
+        return jax.lax.platform_dependent(*args, cpu=on_cpu, default=otherwise)
+    is_on_cpu = BACKEND == "tensorflow" and _is_tf_on_cpu()
+    return (on_cpu if is_on_cpu else otherwise)(*args)
 
 
 def int4_product(x, codes, scales, tile):

@@ -20,7 +20,8 @@ from keras_pg2 import _backend
 
 GROUP_SIZES = (32, 64, 128, 256)
 _ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
-_XLA_MAX_BYTES = 2**14  # of a vector whose product with a cast XLA fuses on a CPU
+# The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
+_MAX_DECODED_ON_CPU = (2**21, 2**19)
 _MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # elements in the clear at a time
 
 
@@ -174,11 +175,13 @@ class QuantizedMatrix(keras.layers.Layer):
         if not _backend.IS_COMPILED:
             return self._multiply_decoded(x, codes, scales, in_float32)
         options = {"in_float32": in_float32}
-        by_rows = functools.partial(self._multiply_rows, **options)
         is_int4 = self.mode == "int4"
         multiply = self._multiply_halves if is_int4 else self._multiply_decoded
         multiply = functools.partial(multiply, **options)
-        return _backend.few_rows_on_cpu(by_rows, multiply, x, codes, scales)
+        if None in x.shape:
+            return multiply(x, codes, scales)
+        in_loop = functools.partial(self._multiply_in_loop, **options)
+        return _backend.where_xla_is_on_cpu(in_loop, multiply, x, codes, scales)
 
     def _multiply_decoded(self, x, codes, scales, in_float32):
         product = _backend.matmul_transposed_float32 if in_float32 else _matmul_transposed
@@ -190,42 +193,70 @@ class QuantizedMatrix(keras.layers.Layer):
 
     def _multiply_halves(self, x, codes, scales, in_float32):
         """The product with int4; a compiler decodes as it multiplies."""
-        rows = ops.reshape(self._padded(x), (-1, 2, *codes.shape[::2]))
-        outputs = []
-        for part in self._row_slices(x):
-            halves = self._halves(codes[:, part], scales[:, part], x.dtype)
-            outputs.append(
-                sum(
-                    _backend.einsum_float32("bhg,hrg->br", rows[:, i], values)
-                    for i, values in enumerate(halves)
-                )
-            )
+        inputs = ops.reshape(self._padded(x), (-1, 2 * codes.shape[0], codes.shape[2]))
+        outputs = [
+            self._multiply_by_halves(inputs, codes[:, part], scales[:, part])
+            for part in self._row_slices(x)
+        ]
         outputs = ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
         outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
         return ops.reshape(outputs[:, : self.num_rows], (*ops.shape(x)[:-1], self.num_rows))
 
-    def _multiply_rows(self, x, codes, scales, in_float32):
-        """A few rows one by one, as XLA compiles them for a CPU without a matrix in the clear."""
+    def _multiply_in_loop(self, x, codes, scales, in_float32):
+        """Some rows of the matrix after the others, for XLA on CPUs.
 
-        def multiply_int8(row):
-            values = ops.cast(codes, "float32")
-            if 4 * codes.shape[1] < _XLA_MAX_BYTES:
-                return ops.matmul(row[None], ops.transpose(values))[0]
-            return ops.sum(row * values, axis=-1)
+        It decodes into memory, and would begin with all matrices of a model at once.
+        """
+        is_int4, is_few = self.mode == "int4", _backend.has_few_rows(x)
+        inputs = ops.cast(ops.reshape(x, (-1, x.shape[-1])), "float32")
+        if is_int4:
+            inputs = self._padded(inputs)
+            inputs = ops.reshape(inputs, (-1, 2 * codes.shape[0], codes.shape[2]))
+            sums = ops.sum(inputs, axis=-1)
+        num_rows = scales.shape[1 if is_int4 else 0]
+        max_decoded = _MAX_DECODED_ON_CPU[is_few]
+        counts = range(-(-num_rows * self.num_columns // max_decoded), num_rows + 1)
+        count = next(count for count in counts if num_rows % count == 0)
+        length = num_rows // count
 
-        def multiply_int4(row):
-            row = ops.reshape(row, (2, codes.shape[0], 1, codes.shape[2]))
-            halves = self._halves(codes, scales, "float32")
-            return sum(ops.sum(row[i] * values, axis=(0, 2)) for i, values in enumerate(halves))
+        def multiply_int8(start):
+            part = ops.slice(codes, (start, 0), (length, codes.shape[1]))
+            return ops.matmul(inputs, ops.transpose(ops.cast(part, "float32")))
 
-        multiply = multiply_int8
-        if self.mode == "int4":
-            multiply, x = multiply_int4, self._padded(x)
-        rows = ops.cast(ops.reshape(x, (-1, x.shape[-1])), "float32")
-        outputs = multiply(rows[0])[None] if rows.shape[0] == 1 else ops.map(multiply, rows)
+        def multiply_int4(start):
+            groups, _, group_size = codes.shape
+            part = ops.slice(codes, (0, start, 0), (groups, length, group_size))
+            scale = ops.slice(scales, (0, start, 0), (2 * groups, length, 2))
+            if not is_few:
+                return self._multiply_by_halves(inputs, part, scale)
+            # Scaled after the product: less is computed for each weight.
+            products = [
+                ops.einsum("bhg,hrg->hbr", half, ops.cast(values, "float32"))
+                for half, values in zip(ops.split(inputs, 2, axis=1), _backend.halves_of_int4(part))
+            ]
+            scale, offset = ops.unstack(ops.cast(scale, "float32"), axis=-1)
+            products = ops.sum(ops.concatenate(products) * scale[:, None], axis=0)
+            return products + ops.matmul(sums, offset - 8 * scale)
+
+        def step(index, outputs):
+            start = index * length
+            part = (multiply_int4 if is_int4 else multiply_int8)(start)
+            return _backend.write(outputs, part, start)
+
+        # Made of the inputs, so that it is not made at the beginning of the program.
+        outputs = ops.zeros((1, num_rows)) * ops.reshape(inputs, (inputs.shape[0], -1))[:, :1]
+        outputs = _backend.repeat(step, count, outputs)
         outputs = ops.reshape(outputs[:, : self.num_rows], (*x.shape[:-1], self.num_rows))
         dtype = "float32" if in_float32 else x.dtype
-        return _times(outputs, scales, dtype) if self.mode == "int8" else ops.cast(outputs, dtype)
+        return ops.cast(outputs, dtype) if is_int4 else _times(outputs, scales, dtype)
+
+    def _multiply_by_halves(self, inputs, codes, scales):
+        """float32 (b, r) of float (b, groups, G) and rows of codes, decoded before."""
+        halves = self._halves(codes, scales, inputs.dtype)
+        return sum(
+            _backend.einsum_float32("bhg,hrg->br", half, values)
+            for half, values in zip(ops.split(inputs, 2, axis=1), halves)
+        )
 
     def _halves(self, codes, scales, dtype):
         """What bytes (groups / 2, r, G) stand for: first and second half of the groups."""
