@@ -297,8 +297,7 @@ def _looped(function, tensors, max_length):
     # It writes over what it has read. Otherwise XLA for CPUs begins with all parts, or with the
     # memory of all outputs, at once.
     length = tensors[0].shape[1]
-    counts = range(math.ceil(length / max_length), length + 1)
-    part_length = length // next(count for count in counts if length % count == 0)
+    part_length = equal_part(length, max_length)
 
     def step(index, outputs):
         start = index * part_length
@@ -309,6 +308,12 @@ def _looped(function, tensors, max_length):
         return write(outputs, function(*parts), start)
 
     return repeat(step, length // part_length, tensors[0])
+
+
+def equal_part(length, max_length):
+    """The largest length, at most `max_length`, of which a whole number makes up `length`."""
+    counts = range(math.ceil(length / max_length), length + 1)
+    return next(length // count for count in counts if length % count == 0)
 
 
 def rotate(x, cos, sin):

@@ -20,9 +20,9 @@ from keras_pg2 import _backend
 
 GROUP_SIZES = (32, 64, 128, 256)
 _ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
+_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # elements in the clear at a time
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**21, 2**19)
-_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # elements in the clear at a time
 
 
 def group_size_of(mode, config):
@@ -214,10 +214,8 @@ class QuantizedMatrix(keras.layers.Layer):
             inputs = ops.reshape(inputs, (-1, 2 * codes.shape[0], codes.shape[2]))
             sums = ops.sum(inputs, axis=-1)
         num_rows = scales.shape[1 if is_int4 else 0]
-        max_decoded = _MAX_DECODED_ON_CPU[is_few]
-        counts = range(-(-num_rows * self.num_columns // max_decoded), num_rows + 1)
-        count = next(count for count in counts if num_rows % count == 0)
-        length = num_rows // count
+        max_length = max(1, _MAX_DECODED_ON_CPU[is_few] // self.num_columns)
+        length = _backend.equal_part(num_rows, max_length)
 
         def multiply_int8(start):
             part = ops.slice(codes, (start, 0), (length, codes.shape[1]))
@@ -245,7 +243,7 @@ class QuantizedMatrix(keras.layers.Layer):
 
         # Made of the inputs, so that it is not made at the beginning of the program.
         outputs = ops.zeros((1, num_rows)) * ops.reshape(inputs, (inputs.shape[0], -1))[:, :1]
-        outputs = _backend.repeat(step, count, outputs)
+        outputs = _backend.repeat(step, num_rows // length, outputs)
         outputs = ops.reshape(outputs[:, : self.num_rows], (*x.shape[:-1], self.num_rows))
         dtype = "float32" if in_float32 else x.dtype
         return ops.cast(outputs, dtype) if is_int4 else _times(outputs, scales, dtype)
