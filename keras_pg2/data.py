@@ -111,7 +111,8 @@ def jsonl(path, image_folder=None, *, prefix=None, check_images=True, on_error="
         on_error: "raise" to stop at the first bad row; or "skip" to leave out bad rows, counted in
             a warning.
         shard: None, or `(index, count)`, the part of one of several processes: every `count`-th
-            example. Lengths differ by 1 at most.
+            example. Lengths differ by 1 at most; processes that train together need the same
+            number of batches, so give them `steps_per_epoch`.
 
     Returns:
         Examples. `image` is a path, or a list of paths where the row has a list of names.
@@ -257,7 +258,8 @@ def coco_detection(
 ):
     """Examples of COCO's boxes: "detect cat ; dog" -> "<loc…><loc…><loc…><loc…> cat ; …".
 
-    Pictures without objects are left out.
+    Pictures without objects are left out, and so are boxes without a width or a height, of which
+    COCO has two.
 
     Args:
         annotations: path of the JSON file, with `images`, `annotations` and `categories`.
@@ -427,6 +429,7 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                     f"Received: {name!r}."
                 )
             categories[_field(category, "id", (int, str))] = rank, name
+    num_empty = 0
     for path, image, image_annotations in pictures:
         objects = []
         with checks.row(f"{source}: image {image['id']}"):
@@ -444,9 +447,14 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                     if with_masks:
                         _check_segmentation(segmentation, height, width)
                     box = _box(annotation, height, width)
+                    if box is None:
+                        num_empty += 1
+                        continue
                     objects.append(_Object(*categories[category], box, segmentation))
         if objects:
             yield _Scene(image["id"], path, height, width, objects)
+    if num_empty:
+        _logger.info("%s: left out %d boxes without a width or a height.", source, num_empty)
 
 
 def _read_coco(source, image_folder, checks):
@@ -497,11 +505,13 @@ def _check_prompt(prompt, choices):
 
 
 def _box(annotation, height, width):
-    """COCO's x, y, width and height in pixels to x1, y1, x2, y2 within the picture."""
+    """COCO's x, y, width and height in pixels to x1, y1, x2, y2 in the picture, None if empty."""
     box = _field(annotation, "bbox", list)
     if len(box) != 4 or not all(_is_number(value) for value in box):
         raise ValueError(f"`bbox` must be 4 numbers: x, y, width, height. Received: {box!r:.80}.")
     x, y, box_width, box_height = box
+    if 0 in (box_width, box_height):
+        return None
     x1, x2 = (min(max(value, 0), width) for value in (x, x + box_width))
     y1, y2 = (min(max(value, 0), height) for value in (y, y + box_height))
     if x1 >= x2 or y1 >= y2:
@@ -681,8 +691,7 @@ def vqa(
     data = _load_json(source)
     questions = _table(data, ("questions", "data", "annotations"), source)
     subtype = data.get("data_subtype") if isinstance(data, dict) else None
-    if image_name is None and subtype:
-        image_name = f"COCO_{subtype}_{{image_id:012d}}.jpg"
+    coco_name = f"COCO_{subtype}_{{image_id:012d}}.jpg" if subtype else None
     answers = {}
     if annotations is not None:
         annotations = os.fspath(annotations)
@@ -706,7 +715,10 @@ def vqa(
                 choice = random.Random(f"{seed}/{id}").choice(choices)
             else:
                 choice = collections.Counter(choices).most_common(1)[0][0]
-            name = _field(row, "image", str) if "image" in row else _named(image_name, row)
+            if image_name is None and "image" in row:
+                name = _field(row, "image", str)
+            else:
+                name = _named(image_name or coco_name, row)
             if name not in paths:
                 paths[name] = checks.images(folder, name)
             rows.append((paths[name], prefix.replace("{question}", question), choice))
@@ -717,9 +729,11 @@ def _answers(row):
     """The answers of a row of any of the formats, at least one."""
     answers = [row["answer"]] if "answer" in row else _field(row, "answers", list)
     answers = [item.get("answer") if isinstance(item, dict) else item for item in answers]
-    if not answers or not all(isinstance(item, str) for item in answers):
-        raise ValueError(f"Answers must be strings, at least one. Received: {answers!r:.80}.")
-    return answers
+    if not answers or not all(isinstance(item, str) or _is_number(item) for item in answers):
+        raise ValueError(
+            f"Answers must be strings or numbers, at least one. Received: {answers!r:.80}."
+        )
+    return [str(item) for item in answers]
 
 
 def _named(image_name, row):

@@ -324,6 +324,16 @@ def test_detection_of_all_classes_in_random_order(coco):
     assert len(suffixes) == 6
 
 
+def test_boxes_without_a_width_or_a_height_are_left_out(folder, caplog):
+    """COCO's training annotations have two, such as this one, 918."""
+    empty = _annotation(918, image_id=2, bbox=(29.665, 38.833, 1.03, 0.0))
+    boxes = [_annotation(1), empty, _annotation(3, image_id=2, bbox=(1, 2, 0, 4))]
+    with caplog.at_level("INFO"):
+        (example,) = data.coco_detection(_coco(folder, boxes))
+    assert example["image"] == str(folder / "0.png")
+    assert "left out 2 boxes without a width or a height" in caplog.text
+
+
 def test_crowds(folder):
     crowd = _annotation(1, iscrowd=1)
     assert len(data.coco_detection(_coco(folder, [crowd]), keep_crowds=True)) == 1
@@ -340,7 +350,7 @@ def test_crowds(folder):
         (_annotation(7, bbox=(1, 2, 3)), "annotation 7: `bbox` must be 4 numbers"),
         (_annotation(7, bbox=(1, 2, 3, "4")), "annotation 7: `bbox` must be 4 numbers"),
         (_annotation(7, bbox=(1, 2, 3, float("nan"))), "annotation 7: `bbox` must be 4 numbers"),
-        (_annotation(7, bbox=(1, 2, 0, 4)), "annotation 7: `bbox` must have a width"),
+        (_annotation(7, bbox=(1, 2, -1, 4)), "annotation 7: `bbox` must have a width"),
         (_annotation(7, bbox=(8, 2, 3, 4)), "inside of its picture of 7 × 9. Received"),
         (_annotation(7, image_id=3), r"image 3: There is no picture '.*missing\.png'"),
         ("what", "annotation number 2: There must be a JSON object. Received: 'what'"),
@@ -586,6 +596,10 @@ def test_names_of_pictures(folder):
     path = _save(folder / "vqa.json", rows)
     (example,) = data.vqa(path, image_name="{image_id}.png")
     assert example["image"] == str(folder / "big.png")
+    rows = [{"image": "http://a/b", "image_id": "big", "question": "how many?", "answer": 3}]
+    (example,) = data.vqa(_save(folder / "counts.json", rows), image_name="{image_id}.png")
+    assert example["image"] == str(folder / "big.png")
+    assert example["suffix"] == "3"
     with pytest.raises(ValueError, match=r"question number 1: .*pass `image_name`"):
         data.vqa(path)
     with pytest.raises(ValueError, match=r"'{id}' cannot be made from the fields \['answer'"):
@@ -600,8 +614,8 @@ def test_names_of_pictures(folder):
             "question 5: .*`question` is missing",
         ),
         ({"question": "q", "image": "0.png"}, "question number 2: .*`answers` is missing"),
-        ({"question": "q", "image": "0.png", "answers": []}, "Answers must be strings, at least"),
-        ({"question": "q", "image": "0.png", "answers": [3]}, r"Received: \[3\]"),
+        ({"question": "q", "image": "0.png", "answers": []}, "Answers must be strings or numbers"),
+        ({"question": "q", "image": "0.png", "answers": [[3]]}, r"Received: \[\[3\]\]"),
         ({"question": "q", "image": "no.png", "answer": "a"}, "There is no picture"),
         (["q"], "question number 2: There must be a JSON object"),
     ],
