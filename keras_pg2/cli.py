@@ -54,7 +54,8 @@ def _parser():
     generate = _add_task(commands, "generate", "answer a prompt about pictures")
     generate.add_argument("prompt", help='such as "caption en", "detect cat" or "ocr"')
     caption = _add_task(commands, "caption", "say what pictures show")
-    caption.add_argument("--style", default="coco", help='"short", "coco" (default) or "detailed"')
+    styles = ("short", "coco", "detailed")
+    caption.add_argument("--style", default="coco", choices=styles, help="default: coco")
     answer = _add_task(commands, "answer", "answer a question about pictures")
     answer.add_argument("question")
     for task in (caption, answer):
@@ -75,7 +76,10 @@ def _parser():
         task.add_argument(
             "--constrained", action="store_true", help="let the model say well-formed things only"
         )
-        task.add_argument("--codec", metavar="FILE", help="vae-oid.npz, if not to be downloaded")
+        if name == "segment":
+            task.add_argument(
+                "--codec", metavar="FILE", help="vae-oid.npz, if not to be downloaded"
+            )
 
     demo = commands.add_parser("demo", help="serve a web page to try a model on")
     demo.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
@@ -88,7 +92,9 @@ def _parser():
         "checkpoint",
         help=f"{_CHECKPOINT}; or an architecture such as paligemma2-3b, with --image-size",
     )
-    info.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    info.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="default: the checkpoint's, or 224"
+    )
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
@@ -124,6 +130,9 @@ def _run_task(options):
     drawn_paths = _drawn_paths(options.images, paths, getattr(options, "draw", None))
     if getattr(options, "stream", False) and (len(paths) > 1 or options.json):
         raise ValueError("--stream goes with one picture, and not with --json.")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be positive. Received: {options.max_new_tokens}")
+    prompt = _prompt(options)  # all that can be wrong is found before a model is loaded
     import tqdm
     from PIL import Image
 
@@ -134,6 +143,11 @@ def _run_task(options):
     if options.preset is None:
         _report(f"the preset is {_TINY}, which knows digits and shapes alone; see --preset")
     model = keras_pg2.PaliGemma2.from_preset(options.preset or _TINY, tokenizer=options.tokenizer)
+    if model.preprocessor is None:
+        raise ValueError(
+            f"The checkpoint {options.preset!r} has no tokenizer: pass the path of "
+            "paligemma_tokenizer.model as --tokenizer."
+        )
     if getattr(options, "codec", None):
         model.use_codec(options.codec)
     num_failures = 0
@@ -149,7 +163,7 @@ def _run_task(options):
                         raise
                     num_failures += 1
                     tqdm.tqdm.write(f"keras-pg2: {error}", file=sys.stderr)
-            answers = _answers(model, options, list(images.values())) if images else []
+            answers = _answers(model, options, prompt, list(images.values())) if images else []
             for (path, image), answer in zip(images.items(), answers):
                 line = _line(path, answer, options.json, len(paths) > 1)
                 if line is not None:
@@ -220,23 +234,29 @@ def _drawn_paths(names, paths, out):
     return drawn
 
 
-def _answers(model, options, images):
-    """list of str or Detections."""
-    task = options.command
-    settings = {"batch_size": options.batch_size}
-    if options.max_new_tokens is not None:
-        settings["max_new_tokens"] = options.max_new_tokens
-    if task in ("detect", "segment"):
-        find = getattr(model, task)
-        return find(images, options.things, constrained=options.constrained, **settings)
+def _prompt(options):
+    """The prompt of a command that has one for all pictures."""
     from keras_pg2 import tasks
 
-    if task == "caption":
-        prompt = tasks.caption_prompt(options.lang, options.style)
-    elif task == "answer":
-        prompt = tasks.answer_prompt(options.question, options.lang)
-    else:
-        prompt = "ocr" if task == "ocr" else options.prompt
+    if options.command == "caption":
+        return tasks.caption_prompt(options.lang, options.style)
+    if options.command == "answer":
+        return tasks.answer_prompt(options.question, options.lang)
+    if options.command in ("detect", "segment"):
+        return f"{options.command} {' ; '.join(tasks.list_of_things(options.things))}"
+    return "ocr" if options.command == "ocr" else options.prompt
+
+
+def _answers(model, options, prompt, images):
+    """list of str or Detections."""
+    from keras_pg2 import tasks
+
+    settings = {**tasks.longest_answer(prompt), "batch_size": options.batch_size}
+    if options.max_new_tokens is not None:
+        settings["max_new_tokens"] = options.max_new_tokens
+    if options.command in ("detect", "segment"):
+        find = getattr(model, options.command)
+        return find(images, options.things, constrained=options.constrained, **settings)
     if not options.stream:
         return model.generate(images, prompt, **settings)
     del settings["batch_size"]
@@ -273,10 +293,12 @@ def _info(options):
     stored = {}
     if options.checkpoint in VARIANTS:
         kind = "architecture"
-        config = PaliGemmaConfig.from_variant(options.checkpoint, options.image_size)
+        config = PaliGemmaConfig.from_variant(options.checkpoint, options.image_size or 224)
     else:
         checkpoint = presets.find_checkpoint(options.checkpoint)
         kind, config = f"{checkpoint.format} checkpoint", checkpoint.config
+        if options.image_size is not None:
+            config = config.replace(image_size=options.image_size)
         stored = collections.Counter()
         for tensor in checkpoint.weights().values():
             stored[tensor.dtype] += math.prod(tensor.shape)

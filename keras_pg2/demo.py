@@ -60,8 +60,8 @@ def build(model, title="PaliGemma 2"):
                 ]
                 yield found.text or "nothing found", draw(image, found), rows
                 return
-            answer = ""
-            for piece in model.stream(image, _prompt(task, text, lang)):
+            answer, prompt = "", _prompt(task, text, lang)
+            for piece in model.stream(image, prompt, **tasks.longest_answer(prompt)):
                 answer += piece
                 yield answer, image, []
             if not answer:

@@ -20,6 +20,7 @@ _logger = logging.getLogger(__name__)
 CAPTION_STYLES = {"short": "cap", "coco": "caption", "detailed": "describe"}
 NUM_CODES = GRID_SIZE**2
 MAX_OBJECT_TOKENS = 256  # about 35 boxes, or 10 masks
+_MAX_LONG_TOKENS = 128  # of texts in pictures, and of detailed captions
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
 _OBJECT = re.compile(r"((?:<loc[0-9]{4}>\s*)+)((?:<seg[0-9]{3}>\s*)*)([^<;]*)")
@@ -84,6 +85,12 @@ def list_of_things(things):
             f"Received: {things!r}"
         )
     return things
+
+
+def longest_answer(prompt):
+    """Options of `generate` for a prompt whose answers may be longer than most."""
+    is_long = prompt.split()[:1] in (["ocr"], [CAPTION_STYLES["detailed"]])
+    return {"max_new_tokens": _MAX_LONG_TOKENS} if is_long else {}
 
 
 def _checked_language(lang):

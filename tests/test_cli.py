@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_pg2 import Tokenizer, cli
+from keras_pg2 import PaliGemma2, Tokenizer, cli
 from keras_pg2.checkpoints import io, presets
 
 
@@ -197,6 +197,45 @@ def test_interrupted_conversion_leaves_nothing(data, tmp_path, monkeypatch):
     assert cli.main([*command, "--force"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(path.name for path in destination.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["caption", "--lang", "?"], "`lang`"),
+        (["answer", " "], "`questions`"),
+        (["detect", ";"], "`things`"),
+        (["ocr", "--max-new-tokens", "0"], "--max-new-tokens must be positive"),
+    ],
+)
+def test_arguments_are_checked_before_a_model_is_loaded(picture, capsys, command, message):
+    name, *rest = command
+    assert cli.main([name, picture, *rest, "--preset", "no such preset"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_npz_without_a_tokenizer(data, picture, tmp_path, capsys):
+    path = str(tmp_path / "model.npz")
+    cli.main(["convert", str(data / "hf_tiny_paligemma2"), path, "--to", "big-vision"])
+    assert cli.main(["ocr", picture, "--preset", path]) == 1
+    assert "pass the path of paligemma_tokenizer.model as --tokenizer" in capsys.readouterr().err
+
+
+def test_long_answers(data, picture, monkeypatch):
+    """The command line gives a task as many tokens as the method of its name."""
+    found = []
+    monkeypatch.setattr(
+        PaliGemma2, "generate", lambda self, *args, **options: found.append(options) or ["a"]
+    )
+    preset = str(data / "hf_tiny_paligemma2")
+    model = PaliGemma2.from_preset(preset)
+    model.ocr(picture)
+    model.caption(picture, style="detailed")
+    cli.main(["ocr", picture, "--preset", preset])
+    cli.main(["caption", picture, "--style", "detailed", "--preset", preset])
+    assert [options["max_new_tokens"] for options in found] == [128] * 4
+    cli.main(["caption", picture, "--preset", preset])
+    assert "max_new_tokens" not in found[-1]
 
 
 def test_info(data, capsys):
