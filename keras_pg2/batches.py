@@ -44,7 +44,8 @@ class Batches(data_adapter.DataAdapter):
 
     The last batch is filled up with copies of an example that count in no loss, so that no
     program is compiled for it. The order depends on the seed of `keras.utils.set_random_seed` and
-    on the epoch alone: a run that was interrupted goes on as it would have.
+    on the epoch alone: a run that was interrupted goes on as it would have. With `steps_per_epoch`
+    below the number of batches it does not: Keras goes on in the same order in the next epoch.
 
     Args:
         data: see the top of this file.

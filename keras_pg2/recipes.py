@@ -21,7 +21,11 @@ class Recipe:
     """Hyper-parameters of a task. None is what the source does not say.
 
     `dataclasses.replace(recipe, learning_rate=3e-6)` changes a value. Larger models want lower
-    learning rates than the 3B, for which these are.
+    learning rates than the 3B, for which these are. big_vision trained all of them without the
+    final soft cap: `from_preset(…, final_logit_softcap=None)`.
+
+    `optimizer` makes use of epochs, batch size, steps, learning rate and weight decay. What else a
+    recipe says goes where the attribute below says.
 
     Attributes:
         epochs: float or None, passes over the pictures; where a picture has several captions or
@@ -31,11 +35,14 @@ class Recipe:
         weight_decay: float, share of the vision tower's and the projector's kernels that a step
             takes off at the peak of the schedule, whatever the learning rate. The decoder, biases,
             norms and embeddings do not decay.
-        dropout: float, on the outputs of attention and MLP of the decoder.
-        label_smoothing: float.
-        frozen: regular expression over the paths of what does not learn, or None.
-        num_beams: int, width of the beam search, 1 for greedy decoding.
-        text_length: int or None, tokens of prefix and suffix.
+        dropout: float, on the outputs of attention and MLP of the decoder:
+            `from_preset(…, dropout=…)`.
+        label_smoothing: float: `compile(…, label_smoothing=…)`.
+        frozen: regular expression over the paths of what does not learn, or None: `freeze(…)`.
+        num_beams: int, width of the beam search, 1 for greedy decoding:
+            `generate(…, sampler=keras_pg2.Beam(…))`.
+        text_length: int or None, tokens of prefix and suffix without `<eos>`:
+            `preprocessor.sequence_length` is one more.
         steps: int or None, in place of epochs where the source says so.
         lora: mapping of arguments of `PaliGemma2.enable_lora`, or None to train all weights.
         source: str, where the values are from.
