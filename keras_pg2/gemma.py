@@ -48,7 +48,7 @@ class GemmaAttention(DirectCall, layers.Layer):
 
     Call arguments:
         x: float (B, T, D).
-        attention_mask: bool (B, T, S); S is T without a cache, its length with one.
+        attention_mask: bool (B, T, S); S is T, or the length of a cache that holds more.
         rotary: cos and sin of the positions of `x`, see `rotary_angles`.
         cache: None, or key and value, each float (B, K, S, H).
         cache_index: int32 scalar, where in the cache the T tokens are written.
@@ -83,9 +83,10 @@ class GemmaAttention(DirectCall, layers.Layer):
         key = ops.swapaxes(ops.cast(apply_rotary(key, *rotary), self.compute_dtype), 1, 2)
         value = ops.swapaxes(ops.cast(value, self.compute_dtype), 1, 2)
         if cache is not None:
-            key = _backend.write(cache[0], key, cache_index, axis=2)
-            value = _backend.write(cache[1], value, cache_index, axis=2)
-            cache = (key, value)
+            pairs = zip(cache, (key, value))
+            cache = [_backend.write(*pair, cache_index, axis=2) for pair in pairs]
+            if attention_mask.shape[2] != length:  # else nothing else is in the cache yet
+                key, value = cache
         if output_start:
             x, attention_mask = x[:, output_start:], attention_mask[:, output_start:]
             rotary = [angles[:, output_start:] for angles in rotary]

@@ -463,7 +463,7 @@ class PaliGemma2(keras.Model):
         hidden, layers = self.text(
             x,
             sequence["positions"],
-            self._masks(sequence, cached),
+            self._masks(sequence, sequence),
             cache=self.text.empty_cache(x.shape[0], cache_length),
             cache_index=0,
             output_start=self.num_image_tokens(inputs),
@@ -797,7 +797,8 @@ class PaliGemma2(keras.Model):
             >>> model.caption("cat.jpg", lang="fr")
             'Un chat allongé sur un canapé.'
         """
-        return self.generate(images, tasks.caption_prompt(lang, style), **options)
+        prompt = tasks.caption_prompt(lang, style)
+        return self.generate(images, prompt, **{**tasks.longest_answer(prompt), **options})
 
     def answer(self, images, questions, lang="en", **options):
         """Answers questions about pictures in a few words.
@@ -848,7 +849,7 @@ class PaliGemma2(keras.Model):
         Returns:
             str, or list of str.
         """
-        return self.generate(images, "ocr", **{"max_new_tokens": 128, **options})
+        return self.generate(images, "ocr", **{**tasks.longest_answer("ocr"), **options})
 
     def detect(self, images, things, *, constrained=False, **options):
         """Finds things in pictures, with boxes.

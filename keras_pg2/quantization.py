@@ -22,7 +22,8 @@ GROUP_SIZES = (32, 64, 128, 256)
 _ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
 _MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # elements in the clear at a time
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
-_MAX_DECODED_ON_CPU = (2**21, 2**19)
+_MAX_DECODED_ON_CPU = (2**26, 2**19)
+_MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
 
 
 def group_size_of(mode, config):
@@ -141,10 +142,11 @@ class QuantizedMatrix(keras.layers.Layer):
     def take(self, rows):
         """float32 (..., C), rows of the matrix by their numbers, int (...)."""
         if self.mode == "int8":
-            scales = ops.take(self.scales, rows, axis=0)[..., None]
-            return _times(ops.take(self.codes, rows, axis=0), scales, "float32")
-        codes = _backend.take_int4(self.codes.value, rows, self._tile)
-        return self._decode(codes, ops.take(self.scales, rows, axis=1), "float32")
+            codes, scales = (ops.take(x, rows, axis=0) for x in (self.codes, self.scales))
+        else:
+            codes = _backend.take_int4(self.codes.value, rows, self._tile)
+            scales = ops.take(self.scales, rows, axis=1)
+        return self._decode(codes, scales, "float32")
 
     def values(self, dtype):
         """float (R, C), the matrix."""
@@ -165,6 +167,7 @@ class QuantizedMatrix(keras.layers.Layer):
         self.assign(np.array(store["codes"]), np.array(store["scales"]).astype("bfloat16"))
 
     def _multiply(self, x, codes, scales, in_float32):
+        """By torch's own product, or decoded with torch; else as compilers decode fastest."""
         if self.mode == "int8":
             rounded = _backend.int8_product(x, codes, scales)
         else:
@@ -180,8 +183,8 @@ class QuantizedMatrix(keras.layers.Layer):
         multiply = functools.partial(multiply, **options)
         if None in x.shape:
             return multiply(x, codes, scales)
-        in_loop = functools.partial(self._multiply_in_loop, **options)
-        return _backend.where_xla_is_on_cpu(in_loop, multiply, x, codes, scales)
+        on_cpu = functools.partial(self._multiply_on_cpu, **options)
+        return _backend.where_xla_is_on_cpu(on_cpu, multiply, x, codes, scales)
 
     def _multiply_decoded(self, x, codes, scales, in_float32):
         product = _backend.matmul_transposed_float32 if in_float32 else _matmul_transposed
@@ -202,51 +205,71 @@ class QuantizedMatrix(keras.layers.Layer):
         outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
         return ops.reshape(outputs[:, : self.num_rows], (*ops.shape(x)[:-1], self.num_rows))
 
-    def _multiply_in_loop(self, x, codes, scales, in_float32):
-        """Some rows of the matrix after the others, for XLA on CPUs.
-
-        It decodes into memory, and would begin with all matrices of a model at once.
-        """
-        is_int4, is_few = self.mode == "int4", _backend.has_few_rows(x)
-        inputs = ops.cast(ops.reshape(x, (-1, x.shape[-1])), "float32")
-        if is_int4:
-            inputs = self._padded(inputs)
-            inputs = ops.reshape(inputs, (-1, 2 * codes.shape[0], codes.shape[2]))
-            sums = ops.sum(inputs, axis=-1)
-        num_rows = scales.shape[1 if is_int4 else 0]
+    def _multiply_on_cpu(self, x, codes, scales, in_float32):
+        """The product as XLA for CPUs compiles it well: it decodes most matrices into memory."""
+        inputs = ops.cast(ops.reshape(x, (-1, self.num_columns)), "float32")
+        num_inputs, is_few = inputs.shape[0], _backend.has_few_rows(x)
+        num_rows = scales.shape[1 if self.mode == "int4" else 0]
         max_length = max(1, _MAX_DECODED_ON_CPU[is_few] // self.num_columns)
         length = _backend.equal_part(num_rows, max_length)
-
-        def multiply_int8(start):
-            part = ops.slice(codes, (start, 0), (length, codes.shape[1]))
-            return ops.matmul(inputs, ops.transpose(ops.cast(part, "float32")))
-
-        def multiply_int4(start):
-            groups, _, group_size = codes.shape
-            part = ops.slice(codes, (0, start, 0), (groups, length, group_size))
-            scale = ops.slice(scales, (0, start, 0), (2 * groups, length, 2))
-            if not is_few:
-                return self._multiply_by_halves(inputs, part, scale)
-            # Scaled after the product: less is computed for each weight.
-            products = [
-                ops.einsum("bhg,hrg->hbr", half, ops.cast(values, "float32"))
-                for half, values in zip(ops.split(inputs, 2, axis=1), _backend.halves_of_int4(part))
-            ]
-            scale, offset = ops.unstack(ops.cast(scale, "float32"), axis=-1)
-            products = ops.sum(ops.concatenate(products) * scale[:, None], axis=0)
-            return products + ops.matmul(sums, offset - 8 * scale)
+        multiply = self._multiply_part
+        if not is_few:
+            scales = _after(inputs, scales)
+        elif self.mode == "int4":
+            multiply = self._multiply_few_by_int4
+        elif num_inputs == 1:
+            multiply = self._multiply_one_by_int8
+            inputs = ops.reshape(inputs, (-1, _backend.equal_part(inputs.shape[1], _MAX_FUSED)))
 
         def step(index, outputs):
             start = index * length
-            part = (multiply_int4 if is_int4 else multiply_int8)(start)
-            return _backend.write(outputs, part, start)
+            rows = self._rows(codes, start, length), self._rows(scales, start, length)
+            return _backend.write(outputs, multiply(inputs, *rows), start)
 
-        # Made of the inputs, so that it is not made at the beginning of the program.
-        outputs = ops.zeros((1, num_rows)) * ops.reshape(inputs, (inputs.shape[0], -1))[:, :1]
-        outputs = _backend.repeat(step, num_rows // length, outputs)
-        outputs = ops.reshape(outputs[:, : self.num_rows], (*x.shape[:-1], self.num_rows))
-        dtype = "float32" if in_float32 else x.dtype
-        return ops.cast(outputs, dtype) if is_int4 else _times(outputs, scales, dtype)
+        if length == num_rows:
+            outputs = multiply(inputs, codes, scales)
+        else:
+            # Made of the inputs, so that it is not made at the beginning of the program.
+            outputs = ops.zeros((1, num_rows)) * inputs[:, :1]
+            outputs = _backend.repeat(step, num_rows // length, outputs)
+        if outputs.shape[0] > num_inputs:
+            outputs = ops.sum(ops.reshape(outputs, (-1, num_inputs, num_rows)), axis=0)
+        outputs = ops.cast(outputs[:, : self.num_rows], "float32" if in_float32 else x.dtype)
+        return ops.reshape(outputs, (*x.shape[:-1], self.num_rows))
+
+    def _rows(self, array, start, length):
+        """Some rows of codes or scales."""
+        axis = 1 if self.mode == "int4" else 0
+        shape = list(array.shape)
+        starts, shape[axis] = [start if i == axis else 0 for i in range(len(shape))], length
+        return ops.slice(array, starts, shape)
+
+    def _multiply_part(self, inputs, codes, scales):
+        """float32 (b, r) of inputs float32 (b, C) and rows of codes, decoded before."""
+        if self.mode == "int8":
+            return ops.matmul(inputs, ops.transpose(self._decode(codes, scales, "float32")))
+        values = ops.concatenate(self._halves(codes, scales, "float32"))  # (groups, r, G)
+        kernel = ops.reshape(ops.transpose(values, (0, 2, 1)), (-1, values.shape[1]))
+        return ops.matmul(self._padded(inputs), kernel)
+
+    def _multiply_one_by_int8(self, inputs, codes, scales):
+        """What adds up to the products: float32 (parts, r) of one input (parts, C / parts)."""
+        codes = ops.split(ops.cast(codes, "float32"), inputs.shape[0], axis=1)
+        parts = zip(ops.split(inputs, inputs.shape[0]), codes)
+        products = ops.concatenate([ops.matmul(x, ops.transpose(y)) for x, y in parts])
+        return _times(products, scales, "float32")
+
+    def _multiply_few_by_int4(self, inputs, codes, scales):
+        """As `_multiply_part`, but scaled after the product: less is computed for each weight."""
+        inputs = self._padded(inputs)
+        inputs = ops.reshape(inputs, (-1, 2 * codes.shape[0], codes.shape[2]))
+        products = [
+            ops.einsum("bhg,hrg->hbr", half, ops.cast(values, "float32"))
+            for half, values in zip(ops.split(inputs, 2, axis=1), _backend.halves_of_int4(codes))
+        ]
+        scale, offset = ops.unstack(ops.cast(scales, "float32"), axis=-1)
+        products = ops.sum(ops.concatenate(products) * scale[:, None], axis=0)
+        return products + ops.matmul(ops.sum(inputs, axis=-1), offset - 8 * scale)
 
     def _multiply_by_halves(self, inputs, codes, scales):
         """float32 (b, r) of float (b, groups, G) and rows of codes, decoded before."""
@@ -289,7 +312,7 @@ class QuantizedMatrix(keras.layers.Layer):
                 values = _backend.unpack_int4(packed, self._tile)
                 yield self._decode(values, scales[:, part], dtype)[:count], None
             elif keras.backend.standardize_dtype(dtype) == "float16":
-                yield _times(codes[part], scales[part, None], dtype), None
+                yield self._decode(codes[part], scales[part], dtype), None
             else:
                 yield ops.cast(codes[part], dtype), scales[part]
 
@@ -303,7 +326,9 @@ class QuantizedMatrix(keras.layers.Layer):
         return [slice(start, min(start + step, num_rows)) for start in starts]
 
     def _decode(self, codes, scales, dtype):
-        """float (..., C) of codes 0 … 15 (..., C) and scales (groups, ..., 2)."""
+        """float (..., C) of codes (..., C), before they are packed, and their scales."""
+        if self.mode == "int8":
+            return _times(codes, scales[..., None], dtype)
         shape = ops.shape(codes)[:-1]
         codes = ops.reshape(ops.cast(codes, dtype), (*shape, -1, self.group_size))
         scales = ops.cast(ops.moveaxis(scales, 0, -2), dtype)  # (..., groups, 2)
@@ -389,6 +414,14 @@ class Quantizable:
             raise ValueError(
                 f"The layer {self.path!r} is quantized to {self.quantization_mode} already."
             )
+
+
+def _after(x, scales):
+    """The scales, but XLA cannot know them, and so decode a matrix, before it has computed `x`."""
+    # A product, which is computed by itself; all else would be computed for each weight again.
+    square = ops.matmul(x[:1], ops.transpose(x[:1]))
+    bound = ops.where(square > 0, 1e38, 2e38)  # never reached
+    return ops.minimum(ops.cast(scales, "float32"), ops.cast(ops.reshape(bound, ()), "float32"))
 
 
 def _times(x, scale, dtype):

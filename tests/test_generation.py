@@ -383,6 +383,22 @@ def test_20_prompt_lengths_compile_at_most_3_programs(data):
     assert len(model.programs.compilations) <= 3
 
 
+def test_prefill_costs_the_same_with_any_cache(model):
+    if _backend.BACKEND != "jax":
+        pytest.skip("jax only: it tells what a program needs")
+    import jax
+
+    def num_operations(cache_length):
+        def program(images, token_ids):
+            inputs = {"images": images, "token_ids": token_ids}
+            return model.prefill(inputs, cache_length)[0]
+
+        lowered = jax.jit(program).lower(np.zeros((1, 42, 42, 3)), np.ones((1, 4), "int32"))
+        return lowered.cost_analysis()["flops"]
+
+    assert num_operations(1000) < 1.01 * num_operations(20)
+
+
 @pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
 def test_a_new_temperature_compiles_nothing(model, image):
     def generate(sampler):
