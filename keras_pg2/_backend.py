@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import threading
+import types
 
 import keras
 from keras import ops
@@ -51,6 +52,7 @@ else:
 
 
 _state = threading.local()
+_onednn = types.SimpleNamespace(lock=threading.Lock(), num_without=0, was_enabled=None)
 
 
 def in_program():
@@ -297,7 +299,14 @@ def _looped(function, tensors, max_length):
     # It writes over what it has read. Otherwise XLA for CPUs begins with all parts, or with the
     # memory of all outputs, at once.
     length = tensors[0].shape[1]
+    count = -(-length // max_length)
     part_length = equal_part(length, max_length)
+    if 2 * part_length < max_length:  # no fitting divisor
+        part_length = -(-length // count)
+        padding = count * part_length - length
+        pads = [[(0, 0)] * len(x.shape) for x in tensors]
+        padded = [ops.pad(x, [pad[0], (0, padding), *pad[2:]]) for x, pad in zip(tensors, pads)]
+        return _looped(function, padded, part_length)[:, :length]
 
     def step(index, outputs):
         start = index * part_length
@@ -664,12 +673,23 @@ def _lay_out(kernel):
 @contextlib.contextmanager
 def _products_of(num_rows):
     """oneDNN reads the weights at half the rate of torch's own code if there is but one row."""
-    is_enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = is_enabled and num_rows > 1
+    if num_rows > 1 or torch.compiler.is_compiling():
+        yield
+        return
+    _count_users_without_onednn(1)
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = is_enabled
+        _count_users_without_onednn(-1)
+
+
+def _count_users_without_onednn(change):
+    # All threads share the flag of torch: the first turns it off, the last back.
+    with _onednn.lock:
+        if not _onednn.num_without:
+            _onednn.was_enabled = torch.backends.mkldnn.enabled
+        _onednn.num_without += change
+        torch.backends.mkldnn.enabled = _onednn.was_enabled and not _onednn.num_without
 
 
 def refined(rounded, x, take):

@@ -231,8 +231,26 @@ class Batches(data_adapter.DataAdapter):
         return data_adapter_utils.get_torch_dataloader(self.arrays())
 
     def get_tf_dataset(self):
-        sample = self._first if self._in_batches else [self._first]
-        return _backend.tf_dataset(self.arrays, self._prepare(sample))
+        shapes = self.shapes
+
+        def arrays():
+            for batch in self.arrays():
+                if _shapes(batch) != shapes:
+                    raise ValueError(
+                        "With TensorFlow all batches of tokenized data must have the same fields "
+                        f"and shapes. Received: {dict(shapes)} and {dict(_shapes(batch))}"
+                    )
+                yield batch
+
+        return _backend.tf_dataset(arrays, self._prepare(self._first_batch()))
+
+    def _first_batch(self):
+        return self._first if self._in_batches else [self._first]
+
+    @property
+    def shapes(self):
+        """Names and shapes of the arrays of a batch, without its length."""
+        return _shapes(self._prepare(self._first_batch()))
 
     @property
     def num_batches(self):
@@ -268,6 +286,10 @@ class Batches(data_adapter.DataAdapter):
             )
         self._num_cut = 0
         _call(self._data, "on_epoch_end")
+
+
+def _shapes(batch):
+    return tuple((name, array.shape[1:]) for name, array in sorted(batch[0].items()))
 
 
 def columns_of(batch):

@@ -203,14 +203,21 @@ def _is_keras_hub(sampler):
 
 
 def row_seeds(seed, count):
-    """One independent seed for each of `count` examples, from an int or None.
+    """One independent seed for each of the next `count` examples, see `seed_sequence`."""
+    return seed_sequence(seed).spawn(count)
+
+
+def seed_sequence(seed):
+    """A `numpy.random.SeedSequence` from an int, None or another, which stays what it is.
 
     Raises:
         ValueError: if `seed` is something else, or negative.
     """
+    if isinstance(seed, np.random.SeedSequence):
+        return seed
     if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
         raise ValueError(f"`seed` must be a non-negative integer or None. Received: seed={seed!r}")
-    return np.random.SeedSequence(seed).spawn(count)
+    return np.random.SeedSequence(seed)
 
 
 def token_steps(

@@ -195,7 +195,8 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         if self.quantization_mode is not None:
             raise ValueError(
                 f"The kernel of {self.path!r} is quantized to {self.quantization_mode}, which is "
-                "too coarse to hold an update. Merge before `quantize`, or leave LoRA unmerged."
+                "too coarse to hold an update. Call `merge_lora()` and `drop_lora()` before "
+                "`quantize`, or leave LoRA unmerged."
             )
         merged = self.merged_kernel()
         kernel = ops.convert_to_numpy(self._kernel)
@@ -261,10 +262,12 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
             return self._kernel
         return ops.transpose(self.quantized.values(self.compute_dtype))
 
-    def make_quantized(self, mode, group_size):
+    def check_quantizable(self):
         if self.is_merged:
-            raise ValueError("Call `unmerge_lora()` or `drop_lora()` before `quantize`.")
-        super().make_quantized(mode, group_size)
+            raise ValueError(
+                f"LoRA of {self.path!r} is merged. Call `drop_lora()`, which keeps it in the "
+                "kernel, or `unmerge_lora()` before `quantize`."
+            )
 
     def save_own_variables(self, store):
         if self.is_merged:

@@ -1,5 +1,6 @@
 """The model: vision tower, projector and decoder joined, and what users call."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -216,7 +217,10 @@ class PaliGemma2(keras.Model):
                 _backend.set_value(variables[path], value)
             else:
                 layers[path.rpartition("/")[0]].quantized.assign(*value)
-        for variable in self.variables:  # seeds
+        self._initialize_the_rest()  # seeds
+
+    def _initialize_the_rest(self):
+        for variable in self.variables:
             if variable._value is None:
                 variable._deferred_initialize()
 
@@ -454,11 +458,9 @@ class PaliGemma2(keras.Model):
         offsets = ops.cumsum(added, axis=-1)
         last = {name: sequence[name][:, -1:] for name in ("blocks", "positions")}
         cached = {
-            "blocks": ops.concatenate([sequence["blocks"], last["blocks"] + offsets], axis=1),
-            "positions": ops.concatenate(
-                [sequence["positions"], last["positions"] + offsets], axis=1
-            ),
-            "valid": ops.concatenate([sequence["valid"], ops.cast(added, "bool")], axis=1),
+            "blocks": ops.concatenate([sequence["blocks"], last["blocks"] + offsets], 1),
+            "positions": ops.concatenate([sequence["positions"], last["positions"] + offsets], 1),
+            "valid": ops.concatenate([sequence["valid"], ops.cast(added, "bool")], 1),
         }
         hidden, layers = self.text(
             x,
@@ -1051,7 +1053,8 @@ class PaliGemma2(keras.Model):
                 self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
 
     def get_compile_config(self):
-        return {**super().get_compile_config(), "label_smoothing": self.label_smoothing}
+        config = super().get_compile_config()
+        return config and {**config, "label_smoothing": self.label_smoothing}
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -1163,6 +1166,8 @@ class PaliGemma2(keras.Model):
                 x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
             )
         data = self._batches(x, None, batch_size)
+        # One for all batches, so that the answers are those of another batch size.
+        options["seed"] = generation.seed_sequence(options.get("seed"))
         count = data.num_batches if steps is None else steps
         bar = keras.utils.Progbar(count, verbose=0 if verbose == 0 else 1)
         answers = []
@@ -1250,8 +1255,11 @@ class PaliGemma2(keras.Model):
         variables = {
             path: variable
             for path, variable in self.variables_by_path().items()
-            if re.search(pattern, path) and keras.backend.is_float_dtype(variable.dtype)
+            if re.search(pattern, path) and "/quantized/" not in path and not _is_seed(path)
         }
+        for path, layer in self.lora_layers().items():
+            if layer.is_merged:  # it takes no part
+                variables = {k: v for k, v in variables.items() if f"{path}/lora_" not in k}
         if not variables:
             raise ValueError(
                 "`pattern` must match the path of a weight, such as "
@@ -1272,6 +1280,12 @@ class PaliGemma2(keras.Model):
     def _check_trainable(self):
         if not self.trainable_variables:
             raise ValueError("No weight is trainable. Call `unfreeze` or `enable_lora` first.")
+        for path, layer in self.lora_layers().items():
+            if layer.is_merged and layer.kernel.trainable:
+                raise ValueError(
+                    f"LoRA of {path!r} is merged, and its kernel is trainable: `save` and "
+                    "`unmerge_lora` would lose what it learns. Call `drop_lora()` first."
+                )
         optimizer = getattr(self, "optimizer", None)
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         low = {v.dtype for v in self.trainable_variables} & {"bfloat16", "float16"}
@@ -1290,6 +1304,8 @@ class PaliGemma2(keras.Model):
                     "with a new optimizer before `fit`."
                 )
 
+    _batch_shapes = ()
+
     def _batches(self, x, y, batch_size, shuffle=False):
         if isinstance(x, batches.Batches):
             return x
@@ -1299,9 +1315,14 @@ class PaliGemma2(keras.Model):
                 "batches as `fit` describes. "
                 f"Received: x of {type(x).__name__}, y of {type(y).__name__}"
             )
-        return batches.Batches(
+        data = batches.Batches(
             x, self.preprocessor, self.config.text.vocab_size, batch_size, shuffle
         )
+        if _backend.BACKEND == "tensorflow" and data.shapes != self._batch_shapes:
+            # Keras' functions would be traced again with unknown lengths.
+            self._batch_shapes = data.shapes
+            self.train_function = self.test_function = None
+        return data
 
     # LoRA
 
@@ -1482,6 +1503,8 @@ class PaliGemma2(keras.Model):
                 f"{list(layers)[:3]}. Received: filters={filters!r}"
             )
         group_size_of(mode, config)  # raises before anything is changed
+        for layer in matching.values():  # all, before one is changed
+            layer.check_quantizable()
         for layer in matching.values():
             layer.quantize(mode, config=config)
         self._renew_programs()
@@ -1546,10 +1569,13 @@ class PaliGemma2(keras.Model):
         config = dict(config)
         names = ("quantized", "lora", "frozen", "remat")
         quantized, lora, frozen, remat = (config.pop(name, ()) for name in names)
-        model = cls(PaliGemmaConfig.from_dict(config.pop("config")), **config)
-        layers = model._quantizable_layers()
-        for path in quantized:
-            layers[path].make_quantized(**quantized[path])
+        no_values = _backend.variables_without_values if quantized else contextlib.nullcontext
+        with no_values():  # they would take several times the memory of the quantized ones
+            model = cls(PaliGemmaConfig.from_dict(config.pop("config")), **config)
+            layers = model._quantizable_layers()
+            for path in quantized:
+                layers[path].make_quantized(**quantized[path])
+        model._initialize_the_rest()
         if lora:
             model.enable_lora_on({path: LoraOptions(**options) for path, options in lora.items()})
         for path, variable in model.variables_by_path().items():

@@ -93,6 +93,8 @@ class QuantizedMatrix(keras.layers.Layer):
         options = {"initializer": "zeros", "trainable": False}
         self.codes = self.add_weight(name="codes", shape=codes, dtype=dtype, **options)
         self.scales = self.add_weight(name="scales", shape=scales, dtype="bfloat16", **options)
+        if self.mode == "int4" and self.codes._value is not None:  # zeros lie alike in any layout
+            self._tile = _backend.int4_tile(self.codes.value)
 
     def encode(self, matrix):
         """Codes and scales, as in files, of a float NumPy array (R, C) of any dtype."""
@@ -381,8 +383,12 @@ class Quantizable:
         if values is not None:
             self.quantized.assign(*self.encode(values))
 
+    def check_quantizable(self):
+        """Raises a ValueError if the layer cannot be quantized now."""
+
     def make_quantized(self, mode, group_size):
         """Replaces the matrix by a quantized one, which is zero or, like it, without values."""
+        self.check_quantizable()
         matrix = getattr(self, f"_{self.matrix_name}")
         shape = matrix.shape[::-1] if self._is_transposed else matrix.shape
         with unlocked(self), self._open_name_scope():  # else the new variables lose their path

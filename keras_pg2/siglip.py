@@ -74,6 +74,7 @@ class SiglipMLP(DirectCall, layers.Layer):
         self.down.build((*input_shape[:-1], self.config.mlp_dim))
 
     def call(self, x):
+        x = ops.cast(x, activation_dtype(self.compute_dtype))  # that of each chunk's result
         return _backend.in_chunks(self._multiply, [x], _backend.MAX_TOKENS)
 
     def _multiply(self, x):
