@@ -81,7 +81,11 @@ class QuantizedMatrix(keras.layers.Layer):
         super().__init__(autocast=False, trainable=False, **kwargs)
         self.num_rows, self.num_columns = num_rows, num_columns
         self.mode, self.group_size = mode, group_size
-        self._tile = None  # see `_backend.int4_tile`
+
+    @functools.cached_property
+    def _tile(self):
+        """See `_backend.int4_tile`. Zeros, which the codes are first, lie alike in any layout."""
+        return _backend.int4_tile(self.codes.value) if self.mode == "int4" else None
 
     def build(self, input_shape=None):
         codes, scales = (self.num_rows, self.num_columns), (self.num_rows,)
@@ -93,8 +97,6 @@ class QuantizedMatrix(keras.layers.Layer):
         options = {"initializer": "zeros", "trainable": False}
         self.codes = self.add_weight(name="codes", shape=codes, dtype=dtype, **options)
         self.scales = self.add_weight(name="scales", shape=scales, dtype="bfloat16", **options)
-        if self.mode == "int4" and self.codes._value is not None:  # zeros lie alike in any layout
-            self._tile = _backend.int4_tile(self.codes.value)
 
     def encode(self, matrix):
         """Codes and scales, as in files, of a float NumPy array (R, C) of any dtype."""
@@ -112,8 +114,7 @@ class QuantizedMatrix(keras.layers.Layer):
         """Sets codes and scales, NumPy arrays as in files, which must not be used again."""
         codes = _backend.from_numpy(codes, self.codes.dtype)
         if self.mode == "int4":
-            self._tile = _backend.int4_tile(codes)
-            codes = _backend.tile_int4(codes, self._tile)
+            codes = _backend.tile_int4(codes, _backend.int4_tile(codes))
         _backend.set_value(self.codes, codes)
         _backend.set_value(self.scales, _backend.from_numpy(scales, "bfloat16"))
 

@@ -147,6 +147,21 @@ def test_attention_agrees_with_a_loop(
     np.testing.assert_allclose(ops.convert_to_numpy(output), expected, atol=1e-6)
 
 
+@pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch takes parts of any length")
+def test_lengths_without_a_divisor_are_padded(run_in_program):
+    lengths = []
+
+    def function(x, y):
+        lengths.append(x.shape[1])
+        return x + 2 * y
+
+    x = np.random.default_rng(0).normal(size=(2, 2633, 3)).astype("float32")  # a prime
+    chunked = run_in_program(lambda x, y: _backend.in_chunks(function, [x, y], 2048))
+    output = chunked(*map(ops.convert_to_tensor, (x, x[..., :1])))
+    np.testing.assert_allclose(ops.convert_to_numpy(output), x + 2 * x[..., :1], atol=1e-6)
+    assert set(lengths) == {1317}
+
+
 @pytest.mark.skipif(_backend.BACKEND != "jax", reason="looks at what jax compiles")
 def test_one_chunk_of_logits_is_in_memory_at_a_time(monkeypatch):
     import jax

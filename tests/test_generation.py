@@ -383,6 +383,18 @@ def test_20_prompt_lengths_compile_at_most_3_programs(data):
     assert len(model.programs.compilations) <= 3
 
 
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a flag of torch")
+def test_threads_leave_onednn_as_it_was(data, image):
+    import concurrent.futures
+
+    import torch
+
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="bfloat16")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: model.generate(image, "ocr", max_new_tokens=6), range(8)))
+    assert torch.backends.mkldnn.enabled
+
+
 def test_prefill_costs_the_same_with_any_cache(model):
     if _backend.BACKEND != "jax":
         pytest.skip("jax only: it tells what a program needs")

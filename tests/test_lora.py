@@ -401,6 +401,29 @@ def test_partly_quantized_models_are_not_half_merged():
     assert not any(layer.is_merged for layer in model.lora_layers().values())
 
 
+def test_merged_layers_are_not_trained(batch):
+    """Neither `save` nor `unmerge_lora` would keep what they learn."""
+    model = _model(rank=2, pattern="query")
+    model.merge_lora()
+    model.unfreeze("query")
+    assert not any("lora" in v.path for v in model.trainable_variables)
+    model.compile(keras.optimizers.SGD(0.1))
+    data = {**batch, "suffix_mask": np.ones(batch["token_ids"].shape, bool)}
+    with pytest.raises(ValueError, match=r"query' is merged.*Call `drop_lora\(\)` first"):
+        model.fit(data, verbose=0)
+
+
+def test_merged_layers_are_not_quantized():
+    model = _model(rank=2, pattern="text/block_1/attention/value")
+    model.merge_lora()
+    with pytest.raises(ValueError, match=r"Call `drop_lora\(\)`.*before `quantize`"):
+        model.quantize("int8")
+    assert model._quantized_layers() == {}  # not half of them
+    model.drop_lora()
+    model.quantize("int8")
+    assert model.text.blocks[1].attention.value.quantization_mode == "int8"
+
+
 # Files of Keras
 
 

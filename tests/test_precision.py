@@ -201,3 +201,18 @@ def _program(function, *args):
 
     with torch.inference_mode():
         return function(*args)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
+def test_wide_values_in_parts_in_float16(data, inputs, dtype, monkeypatch, run_in_program):
+    """Parts of a long sequence are put together in the dtype of the residual stream."""
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype)
+    mlp = model.vision.blocks[0].mlp
+    _scale(model, "vision/block_0/mlp/down/kernel", 2e4)
+    x = np.random.default_rng(0).normal(size=(1, 9, model.config.vision.width)).astype("float16")
+    whole = ops.convert_to_numpy(run_in_program(lambda x: mlp(x))(ops.convert_to_tensor(x)))
+    monkeypatch.setattr(_backend, "MAX_TOKENS", 4)
+    parts = ops.convert_to_numpy(run_in_program(lambda x: mlp(x))(ops.convert_to_tensor(x)))
+    assert whole.dtype == parts.dtype == "float32"
+    assert np.isfinite(parts).all()
+    np.testing.assert_allclose(parts, whole, rtol=2e-3, atol=np.abs(whole).max() * 2e-3)

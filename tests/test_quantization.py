@@ -285,6 +285,40 @@ def test_loading_is_like_quantizing_later(scheme, picture, tmp_path):
     assert restored.text.blocks[0].mlp.up.quantized.group_size == (None if scheme == "int8" else 32)
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_clone_and_weights(mode, picture):
+    """Keras' own copies, which have no tokenizer."""
+    model = keras_pg2.PaliGemma2.from_preset(TINY, quantize=mode)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    clone.preprocessor = model.preprocessor
+    np.testing.assert_array_equal(_log_probs(clone, picture), _log_probs(model, picture))
+
+
+def test_a_file_is_read_without_the_matrices_in_the_clear(tmp_path, monkeypatch):
+    model = keras_pg2.PaliGemma2.from_preset(TINY, quantize="int8")
+    model.save(tmp_path / "model.keras")
+    make_quantized, had_values = quantization.Quantizable.make_quantized, []
+
+    def watched(layer, **options):
+        had_values.append(getattr(layer, f"_{layer.matrix_name}")._value is not None)
+        make_quantized(layer, **options)
+
+    monkeypatch.setattr(quantization.Quantizable, "make_quantized", watched)
+    keras.saving.load_model(tmp_path / "model.keras")
+    assert len(had_values) == len(model._quantized_layers())
+    assert not any(had_values)
+
+
+def test_scales_stay_frozen():
+    model = keras_pg2.PaliGemma2.from_preset(TINY, quantize="int8")
+    model.freeze()
+    model.unfreeze("^text/")
+    paths = [v.path for v in model.trainable_variables]
+    assert paths
+    assert not any("/quantized/" in path for path in paths)
+
+
 def test_filters_match_paths(picture):
     model = keras_pg2.PaliGemma2.from_preset(TINY)
     model.quantize("int8", filters="^vision/.*mlp")

@@ -367,6 +367,33 @@ def test_compile_options_are_saved(tokenizer, tmp_path):
     assert len(loaded.trainable_variables) == len(model.trainable_variables)
 
 
+def test_what_was_not_compiled_is_loaded_so(tokenizer, tmp_path):
+    model = micro_model(tokenizer)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not loaded.compiled  # AdamW would need twice the memory of the weights
+
+
+def test_predict_draws_as_generate_does(tokenizer, columns):
+    model = micro_model(tokenizer)
+    columns = {**columns, "images": [columns["images"][0]] * len(columns["images"])}
+    options = {"sampler": "random", "seed": 1, "max_new_tokens": 4}
+    expected = model.generate(columns["images"], "ocr", **options)
+    assert len(set(expected)) > 2
+    assert model.predict(columns, batch_size=4, verbose=0, **options) == expected
+
+
+def test_the_length_may_change(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.0))
+    losses = []
+    for length in (24, 32):
+        model.preprocessor.sequence_length = length
+        losses.append(model.evaluate(columns, batch_size=5, verbose=0)[0])
+        model.fit(columns, batch_size=5, verbose=0)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # What goes wrong
 
 
@@ -388,6 +415,21 @@ def test_no_data(tokenizer, data):
 def test_data_of_another_kind(tokenizer, data, message):
     with pytest.raises(ValueError, match=message):
         read(data, tokenizer)
+
+
+def test_batches_of_different_lengths(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.01))
+    batches = []
+    for length in (24, 32):
+        model.preprocessor.sequence_length = length
+        (data,) = next(iter(model._batches(columns, None, 4).arrays()))
+        batches.append(data)
+    if _backend.BACKEND == "tensorflow":
+        with pytest.raises(Exception, match="all batches of tokenized data must have the same"):
+            model.fit(iter(batches), verbose=0)
+    else:
+        assert np.isfinite(model.fit(iter(batches), verbose=0).history["loss"][0])
 
 
 def test_token_ids_outside_the_vocabulary(tokenizer, columns):
