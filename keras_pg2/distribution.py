@@ -23,9 +23,9 @@ _SPLITS = {
 def layout_map(config, device_mesh):
     """Layouts of all weights: fully sharded along "data", tensor parallel along "model".
 
-    An axis that a mesh dimension does not divide stays whole, and so do norms and, for want of a
-    layout, what `quantize` and LoRA add: each device holds all of it. Key and value
+    An axis that a mesh dimension does not divide stays whole, and so do norms. Key and value
     heads are split only between heads: with fewer heads than devices each device has them all.
+    What `quantize` and LoRA make has no layout: each device holds all of it.
 
     Args:
         config: PaliGemmaConfig.

@@ -1118,6 +1118,7 @@ class PaliGemma2(keras.Model):
                 x, validation_data = x.split(validation_split, validation_batch_size)
             elif validation_data is not None:
                 validation_data = self._batches(validation_data, None, validation_batch_size)
+            self._prepare("train_function", x)
             callbacks = _with_watch(callbacks, x)
             return super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
         return super().fit(
@@ -1143,6 +1144,7 @@ class PaliGemma2(keras.Model):
         if self._compile_loss is None:
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
+            self._prepare("test_function", x)
         return super().evaluate(x, y, batch_size=batch_size, **kwargs)
 
     def predict(self, x, batch_size=8, verbose="auto", steps=None, callbacks=None, **options):
@@ -1304,8 +1306,6 @@ class PaliGemma2(keras.Model):
                     "with a new optimizer before `fit`."
                 )
 
-    _batch_shapes = ()
-
     def _batches(self, x, y, batch_size, shuffle=False):
         if isinstance(x, batches.Batches):
             return x
@@ -1315,14 +1315,15 @@ class PaliGemma2(keras.Model):
                 "batches as `fit` describes. "
                 f"Received: x of {type(x).__name__}, y of {type(y).__name__}"
             )
-        data = batches.Batches(
+        return batches.Batches(
             x, self.preprocessor, self.config.text.vocab_size, batch_size, shuffle
         )
-        if _backend.BACKEND == "tensorflow" and data.shapes != self._batch_shapes:
-            # Keras' functions would be traced again with unknown lengths.
-            self._batch_shapes = data.shapes
-            self.train_function = self.test_function = None
-        return data
+
+    def _prepare(self, function, data):
+        """Has TensorFlow trace a function anew for other shapes: Keras leaves lengths unknown."""
+        if _backend.BACKEND == "tensorflow" and data.shapes != getattr(self, f"_{function}_of", ()):
+            setattr(self, f"_{function}_of", data.shapes)
+            setattr(self, function, None)
 
     # LoRA
 

@@ -392,6 +392,10 @@ def test_the_length_may_change(tokenizer, columns):
         losses.append(model.evaluate(columns, batch_size=5, verbose=0)[0])
         model.fit(columns, batch_size=5, verbose=0)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    (batch,) = next(iter(model._batches(columns, None, 10).arrays()))
+    model.preprocessor.sequence_length = 24
+    history = model.fit(columns, batch_size=5, epochs=2, validation_data=batch, verbose=0).history
+    assert history["val_loss"] == pytest.approx([losses[0]] * 2, rel=1e-5)
 
 
 # What goes wrong
