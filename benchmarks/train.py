@@ -1,6 +1,6 @@
 """A LoRA training step on this machine: seconds and peak memory, beside keras_hub and PEFT.
 
-    python benchmarks/train.py [--backends jax tensorflow torch] [--repeat 3] [--steps 5]
+    python benchmarks/train.py [--backends jax tensorflow torch] [--repeat 3] [--steps 7]
 
 A mid-size PaliGemma 2 (8 blocks of 1,024, the real vocabulary, random weights), 2 examples at
 224 px with 64 tokens of text, 16 of them to learn; LoRA of rank 4 on query and value of both

@@ -266,8 +266,9 @@ def coco_detection(
         image_folder: path of the folder of the pictures. Defaults to the file's.
         prompt: "categories": an example for each picture, which asks for the categories in it;
             "category": an example for each category in a picture; or "all classes": an example
-            for each picture, "detect all classes" and the objects in random order, as PaliGemma 2
-            was trained on COCO. In the others, objects go by category, then from top to bottom.
+            for each picture, "detect all classes" and the objects in random order, drawn once.
+            PaliGemma 2 was trained on COCO so, with noise boxes besides, which are not made here.
+            In the others, objects go by category, then from top to bottom.
         keep_crowds: bool, whether objects marked `iscrowd` count.
         seed: int, of the order of objects.
         check_images: bool, whether pictures must exist.

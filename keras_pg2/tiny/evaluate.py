@@ -110,7 +110,7 @@ def evaluate(
     Example:
         >>> metrics = evaluate(model)
         >>> metrics["ocr/exact"]
-        0.86
+        0.95
     """
     renderer = renderer or SceneRenderer("test")
     if renderer.split != "test":
