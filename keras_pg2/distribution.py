@@ -3,6 +3,7 @@
 import keras
 
 from keras_pg2.checkpoints import names
+from keras_pg2.quantization import group_size_of
 
 # Axes of each kernel: over which axis of the mesh it is split, "data" or "model". A product
 # splits its output, the next one its input, so that one sum ends each attention and MLP.
@@ -20,24 +21,25 @@ _SPLITS = {
 }
 
 
-def layout_map(config, device_mesh):
+def layout_map(config, device_mesh, quantize=None):
     """Layouts of all weights: fully sharded along "data", tensor parallel along "model".
 
     An axis that a mesh dimension does not divide stays whole, and so do norms. Key and value
     heads are split only between heads: with fewer heads than devices each device has them all.
-    What `quantize` and LoRA make has no layout: each device holds all of it.
+    LoRA has no layout: each device holds all of it.
 
     Args:
         config: PaliGemmaConfig.
         device_mesh: `keras.distribution.DeviceMesh` with the axes "data" and "model", of any
             sizes, 1 included.
+        quantize: None, or to what the model will be quantized, see `PaliGemma2.from_preset`.
 
     Returns:
         `keras.distribution.LayoutMap` for `keras.distribution.ModelParallel`, to be set before
         the model is made. Needs the jax backend.
 
     Raises:
-        ValueError: if the mesh has other axes.
+        ValueError: if the mesh has other axes, or `quantize` is not supported.
 
     Example:
         >>> mesh = keras.distribution.DeviceMesh((2, 4), ("data", "model"))
@@ -54,6 +56,11 @@ def layout_map(config, device_mesh):
             "`device_mesh` must have the axes 'data' and 'model'; one may have the size 1. "
             f"Received: {device_mesh.axis_names}"
         )
+    group_size = None
+    if isinstance(quantize, str):
+        group_size = group_size_of(quantize, None)
+    elif quantize is not None:
+        group_size = group_size_of(quantize.mode, quantize)
     sizes = dict(zip(device_mesh.axis_names, device_mesh.shape))
     heads = {"vision": (config.vision.num_heads,) * 2}
     heads["text"] = (config.text.num_heads, config.text.num_kv_heads)
@@ -69,6 +76,16 @@ def layout_map(config, device_mesh):
         axes = tuple(
             axis if axis and unit % sizes[axis] == 0 else None for axis, unit in zip(axes, units)
         )
-        if any(axes):
+        if quantize and weight in ("kernel", "embeddings"):
+            rows, columns = axes if weight == "embeddings" else axes[::-1]
+            codes, scales = (rows, columns), (rows,)
+            if group_size is not None:  # a byte holds two groups of columns
+                width = spec.shape[weight == "embeddings"]
+                num_groups = -(-width // (2 * group_size))
+                groups = columns if columns and num_groups % sizes[columns] == 0 else None
+                codes = scales = (groups, rows, None)
+            path = f"(.*/)?{spec.path.rpartition('/')[0]}/quantized"
+            layouts[f"{path}/codes"], layouts[f"{path}/scales"] = codes, scales
+        elif any(axes):
             layouts[f"(.*/)?{spec.path}"] = axes
     return layouts

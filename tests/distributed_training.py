@@ -1,4 +1,7 @@
-"""Trains on eight CPU devices and on one, and asserts that they learn the same. Run by a test."""
+"""Trains and answers on eight CPU devices and on one, and asserts that they do the same.
+
+Run by a test.
+"""
 
 import os
 
@@ -29,11 +32,27 @@ def train(config, distribution):
         "suffix_mask": suffix,
     }
     losses = model.fit(data, batch_size=8, epochs=2, verbose=0).history["loss"]
-    devices = {
+    return losses, num_parts(model)
+
+
+def num_parts(model):
+    """In how many parts each weight is, by path."""
+    return {
         path: len({str(shard.index) for shard in variable.value.addressable_shards})
         for path, variable in model.variables_by_path().items()
     }
-    return losses, devices
+
+
+def answer(config, distribution, mode):
+    keras.distribution.set_distribution(distribution)
+    keras.utils.set_random_seed(0)
+    model = keras_pg2.PaliGemma2(config)
+    model.quantize(mode)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, 28, 28, 3)).astype("float32")
+    token_ids = rng.integers(3, 64, (2, 5)).astype("int32")
+    answers = model.generate({"images": images, "token_ids": token_ids}, max_new_tokens=4)
+    return np.concatenate([answer.log_probs for answer in answers]), num_parts(model)
 
 
 def main():
@@ -57,6 +76,18 @@ def main():
     assert devices["text/embedding/embeddings"] == 8
     assert devices["vision/block_0/mlp/up/bias"] == 4
     assert devices["text/final_norm/scale"] == 1
+
+    for mode, count in (("int8", 8), ("int4", 4)):
+        layouts = keras_pg2.layout_map(config, mesh, quantize=mode)
+        parallel = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="data")
+        log_probs, devices = answer(config, parallel, mode)
+        expected, _ = answer(config, None, mode)
+        np.testing.assert_allclose(log_probs, expected, atol=1e-5)
+        assert devices["text/block_0/mlp/up/quantized/codes"] == count
+        assert devices["text/block_0/mlp/up/quantized/scales"] == 4
+    config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b")
+    layouts = keras_pg2.layout_map(config, mesh, quantize="int4")  # 9,216 inputs: 36 pairs
+    assert layouts["text/block_0/mlp/down/quantized/codes"].axes == ("model", "data", None)
 
 
 if __name__ == "__main__":
