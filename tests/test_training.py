@@ -56,6 +56,13 @@ def in_batches(columns, size=4):
         yield {name: column[start : start + size] for name, column in columns.items()}
 
 
+def at_two_lengths(model):
+    """Sets one length of the text after the other."""
+    for length in (24, 32):
+        model.preprocessor.sequence_length = length
+        yield
+
+
 class Loader(keras.utils.PyDataset):
     def __init__(self, columns):
         super().__init__()
@@ -387,8 +394,7 @@ def test_the_length_may_change(tokenizer, columns):
     model = micro_model(tokenizer)
     model.compile(keras.optimizers.SGD(0.0))
     losses = []
-    for length in (24, 32):
-        model.preprocessor.sequence_length = length
+    for _ in at_two_lengths(model):
         losses.append(model.evaluate(columns, batch_size=5, verbose=0)[0])
         model.fit(columns, batch_size=5, verbose=0)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -424,11 +430,9 @@ def test_data_of_another_kind(tokenizer, data, message):
 def test_batches_of_different_lengths(tokenizer, columns):
     model = micro_model(tokenizer)
     model.compile(keras.optimizers.SGD(0.01))
-    batches = []
-    for length in (24, 32):
-        model.preprocessor.sequence_length = length
-        (data,) = next(iter(model._batches(columns, None, 4).arrays()))
-        batches.append(data)
+    batches = [
+        next(iter(model._batches(columns, None, 4).arrays()))[0] for _ in at_two_lengths(model)
+    ]
     if _backend.BACKEND == "tensorflow":
         with pytest.raises(Exception, match="all batches of tokenized data must have the same"):
             model.fit(iter(batches), verbose=0)
