@@ -14,6 +14,7 @@ import logging
 import math
 import operator
 import os
+import sys
 import threading
 import types
 
@@ -38,6 +39,7 @@ if BACKEND == "jax":
     from jax.experimental.compilation_cache import compilation_cache as jax_cache
 elif BACKEND == "tensorflow":
     import tensorflow as tf
+    from tensorflow.python.util import tf_stack
 elif BACKEND == "torch":
     import torch
 else:
@@ -159,7 +161,8 @@ def _compile(model, function, updated, donate):
         def run(*args):
             signature = tuple((x.shape, x.dtype) for x in keras.tree.flatten(args))
             if signature not in by_signature:
-                by_signature[signature] = compiled.get_concrete_function(*args)
+                with _short_stacks():
+                    by_signature[signature] = compiled.get_concrete_function(*args)
             return by_signature[signature](*args)
 
         return run
@@ -169,6 +172,23 @@ def _compile(model, function, updated, donate):
             return function(*args)
 
     return run
+
+
+def _short_stacks():
+    """Leaves most code out of the stack that TensorFlow keeps, as text, for each operation.
+
+    Otherwise a 10B takes 0.9 GB more, and its programs are compiled more slowly.
+    """
+    # Of what is left TensorFlow drops the innermost three, its own; with none left it crashes.
+    kept = ("tensorflow.python.framework", "tensorflow.python.util", __name__)
+    modules = dict(sys.modules).items()
+    left_out = {getattr(x, "__file__", None) for name, x in modules if not name.startswith(kept)}
+
+    class Filter(tf_stack.StackTraceFilter):
+        def get_filtered_filenames(self):
+            return left_out - {None}
+
+    return Filter()
 
 
 def compiled(function):

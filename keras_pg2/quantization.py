@@ -284,11 +284,9 @@ class QuantizedMatrix(keras.layers.Layer):
 
     def _halves(self, codes, scales, dtype):
         """What bytes (groups / 2, r, G) stand for: first and second half of the groups."""
-        scales = ops.split(ops.cast(scales, dtype), 2)
-        return [
-            (ops.cast(half, dtype) - 8) * scale[..., :1] + scale[..., 1:]
-            for half, scale in zip(_backend.halves_of_int4(codes), scales)
-        ]
+        scales, offsets = ops.split(ops.cast(scales, dtype), 2, axis=-1)
+        halves = zip(_backend.halves_of_int4(codes), ops.split(scales, 2), ops.split(offsets, 2))
+        return [(ops.cast(half, dtype) - 8) * scale + offset for half, scale, offset in halves]
 
     def _multiply_back(self, y, codes, scales):
         """`y` float (..., R) times the matrix, (..., C)."""
@@ -426,9 +424,10 @@ class Quantizable:
 def _after(x, scales):
     """The scales, but XLA cannot know them, and so decode a matrix, before it has computed `x`."""
     # A product, which is computed by itself; all else would be computed for each weight again.
-    square = ops.matmul(x[:1], ops.transpose(x[:1]))
-    bound = ops.where(square > 0, 1e38, 2e38)  # never reached
-    return ops.minimum(ops.cast(scales, "float32"), ops.cast(ops.reshape(bound, ()), "float32"))
+    first = x[:1]
+    square = ops.einsum("bi,bi->", first, first)
+    bound = ops.cast(ops.where(square > 0, 1e38, 2e38), "float32")  # never reached
+    return ops.minimum(ops.cast(scales, "float32"), bound)
 
 
 def _times(x, scale, dtype):

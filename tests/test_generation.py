@@ -411,6 +411,21 @@ def test_prefill_costs_the_same_with_any_cache(model):
     assert num_operations(1000) < 1.01 * num_operations(20)
 
 
+@pytest.mark.skipif(_backend.BACKEND != "tensorflow", reason="tensorflow keeps stack traces")
+def test_tensorflow_keeps_short_stacks(model):
+    stacks = []
+
+    def function(x):
+        y = ops.exp(x)
+        stacks.append([frame.filename for frame in y.op.traceback])
+        return y
+
+    program = _backend.Programs().get(model, "exp", function)
+    assert program(ops.zeros(())) == 1
+    assert _backend.__file__ in stacks[0]
+    assert len(stacks[0]) < 12  # without pytest and Keras
+
+
 @pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
 def test_a_new_temperature_compiles_nothing(model, image):
     def generate(sampler):
