@@ -319,9 +319,9 @@ def _looped(function, tensors, max_length):
     # It writes over what it has read. Otherwise XLA for CPUs begins with all parts, or with the
     # memory of all outputs, at once.
     length = tensors[0].shape[1]
-    count = -(-length // max_length)
     part_length = equal_part(length, max_length)
     if 2 * part_length < max_length:  # no fitting divisor
+        count = -(-length // max_length)
         part_length = -(-length // count)
         padding = count * part_length - length
         pads = [[(0, 0)] * len(x.shape) for x in tensors]
