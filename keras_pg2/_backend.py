@@ -40,6 +40,20 @@ if BACKEND == "jax":
 elif BACKEND == "tensorflow":
     import tensorflow as tf
     from tensorflow.python.util import tf_stack
+
+    class _ShortStacks(tf_stack.StackTraceFilter):
+        """Leaves most code out of the stack that TensorFlow keeps, as text, for each operation.
+
+        Otherwise a 10B takes 0.9 GB more, and its programs are compiled more slowly.
+        """
+
+        def get_filtered_filenames(self):
+            # Of what is left TensorFlow drops the innermost three, its own; with none left it
+            # crashes.
+            kept = ("tensorflow.python.framework", "tensorflow.python.util", __name__)
+            left_out = [x for name, x in [*sys.modules.items()] if not name.startswith(kept)]
+            return {getattr(module, "__file__", None) for module in left_out} - {None}
+
 elif BACKEND == "torch":
     import torch
 else:
@@ -161,7 +175,7 @@ def _compile(model, function, updated, donate):
         def run(*args):
             signature = tuple((x.shape, x.dtype) for x in keras.tree.flatten(args))
             if signature not in by_signature:
-                with _short_stacks():
+                with _ShortStacks():
                     by_signature[signature] = compiled.get_concrete_function(*args)
             return by_signature[signature](*args)
 
@@ -172,23 +186,6 @@ def _compile(model, function, updated, donate):
             return function(*args)
 
     return run
-
-
-def _short_stacks():
-    """Leaves most code out of the stack that TensorFlow keeps, as text, for each operation.
-
-    Otherwise a 10B takes 0.9 GB more, and its programs are compiled more slowly.
-    """
-    # Of what is left TensorFlow drops the innermost three, its own; with none left it crashes.
-    kept = ("tensorflow.python.framework", "tensorflow.python.util", __name__)
-    modules = dict(sys.modules).items()
-    left_out = {getattr(x, "__file__", None) for name, x in modules if not name.startswith(kept)}
-
-    class Filter(tf_stack.StackTraceFilter):
-        def get_filtered_filenames(self):
-            return left_out - {None}
-
-    return Filter()
 
 
 def compiled(function):

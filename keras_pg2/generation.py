@@ -18,7 +18,7 @@ from keras_pg2.tokenizer import EOS_ID, PAD_ID
 
 _TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask")
 _NEVER = -1e30  # log-probability of what must not be chosen; finite, so that sums stay finite
-_BUCKETS = (16, 64)  # of text; then powers of 2. Most prompts have at most 16 tokens.
+_BUCKETS = (16, *(2**n for n in range(6, 31)))  # lengths of text; most prompts fit in the first
 _CACHE_MULTIPLE = 128
 _GRAMMAR_MULTIPLE = 64
 _SUFFIX_MULTIPLE = 8
@@ -308,16 +308,14 @@ def _pad_to_buckets(model, inputs, max_new_tokens):
     total = length + max_new_tokens
     is_compiled = _backend.IS_COMPILED or model.programs.compile_steps
     if is_compiled:
-        larger = 2 ** math.ceil(math.log2(length))
-        length = next((bucket for bucket in _BUCKETS if length <= bucket), larger)
+        length = next(bucket for bucket in _BUCKETS if length <= bucket)
         total = math.ceil((length + max_new_tokens) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     added = ((0, 0), (length - inputs["token_ids"].shape[1], 0))
     inputs = {
         name: np.pad(array, added) if name in _TEXT_INPUTS else array
         for name, array in inputs.items()
     }
-    buffer_length = total if is_compiled else max_new_tokens
-    return inputs, num_image_tokens + total, buffer_length
+    return inputs, num_image_tokens + total, total if is_compiled else max_new_tokens
 
 
 # The loop -----------------------------------------------------------------------------------
