@@ -40,20 +40,6 @@ if BACKEND == "jax":
 elif BACKEND == "tensorflow":
     import tensorflow as tf
     from tensorflow.python.util import tf_stack
-
-    class _ShortStacks(tf_stack.StackTraceFilter):
-        """Leaves most code out of the stack that TensorFlow keeps, as text, for each operation.
-
-        Otherwise a 10B takes 0.9 GB more, and its programs are compiled more slowly.
-        """
-
-        def get_filtered_filenames(self):
-            # Of what is left TensorFlow drops the innermost three, its own; with none left it
-            # crashes.
-            kept = ("tensorflow.python.framework", "tensorflow.python.util", __name__)
-            left_out = [x for name, x in [*sys.modules.items()] if not name.startswith(kept)]
-            return {getattr(module, "__file__", None) for module in left_out} - {None}
-
 elif BACKEND == "torch":
     import torch
 else:
@@ -145,6 +131,22 @@ class Programs:
 
     def __reduce__(self):
         return (Programs, (self.compile_steps,))
+
+
+if BACKEND == "tensorflow":
+
+    class _ShortStacks(tf_stack.StackTraceFilter):
+        """Leaves most code out of the stack that TensorFlow keeps, as text, for each operation.
+
+        Otherwise a 10B in int4 takes 0.9 GB more.
+        """
+
+        def get_filtered_filenames(self):
+            # Of what is left TensorFlow drops the innermost three, its own; if nothing is, it
+            # crashes.
+            kept = ("tensorflow.python.framework", "tensorflow.python.util", __name__)
+            left_out = [x for name, x in [*sys.modules.items()] if not name.startswith(kept)]
+            return {getattr(module, "__file__", None) for module in left_out} - {None}
 
 
 def _compile(model, function, updated, donate):
