@@ -133,7 +133,7 @@ def compile_programs(batch_size, image_size, dtype, mode):
 
     def with_values(function):
         def program(values, *args):
-            _backend._state.in_program = True  # as in `Programs.get`
+            _backend._state.in_program, _backend._state.parts = True, {}  # as in `Programs.get`
             with keras.StatelessScope(state_mapping=zip(model.variables, values)):
                 return function(*args)
 

@@ -14,7 +14,6 @@ import logging
 import math
 import operator
 import os
-import sys
 import threading
 import types
 
@@ -39,7 +38,6 @@ if BACKEND == "jax":
     from jax.experimental.compilation_cache import compilation_cache as jax_cache
 elif BACKEND == "tensorflow":
     import tensorflow as tf
-    from tensorflow.python.util import tf_stack
 elif BACKEND == "torch":
     import torch
 else:
@@ -78,12 +76,12 @@ class Programs:
     def __init__(self, compile_steps=False):
         self.compile_steps = compile_steps
         self.compilations = []
-        self._programs = {}
+        self._programs, self._parts = {}, {}
         self._variables = []
         self._sampler = None
         self._lock = threading.Lock()
 
-    def get(self, model, name, function, sampler=None, donate=False):
+    def get(self, model, name, function, sampler=None, donate=False, in_parts=False):
         """The compiled form of `function`.
 
         Args:
@@ -94,6 +92,8 @@ class Programs:
             sampler: keras_hub sampler or None, whose variables the function may update. Only
                 the programs of the last one are kept.
             donate: bool, whether the memory of the first argument may be reused.
+            in_parts: bool, whether tensorflow on a CPU compiles each kind of `part` but not the
+                whole. That takes less time and memory; calls take a little longer.
 
         Returns:
             callable with the signature of `function`.
@@ -105,25 +105,27 @@ class Programs:
                 map(operator.is_, variables, self._variables)
             )
             if not is_same or (sampler is not None and sampler is not self._sampler):
-                self._programs = {}
+                self._programs, self._parts = {}, {}
                 self._variables, self._sampler = variables, sampler
                 if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
                     for variable in variables:
                         if variable.name == "kernel":
                             _lay_out(variable)
             if name not in self._programs:
+                in_parts = in_parts and BACKEND == "tensorflow" and _is_tf_on_cpu()
 
                 def traced(*args):
                     if IS_COMPILED:
                         self.compilations.append(name)
                     _state.in_program, _state.compile_steps = True, self.compile_steps
+                    _state.parts = self._parts if in_parts or BACKEND == "jax" else None
                     try:
                         return function(*args)
                     finally:
-                        _state.in_program = False
+                        _state.in_program, _state.parts = False, None
 
                 updated = [] if sampler is None else sampler.variables
-                self._programs[name] = _compile(model, traced, updated, donate)
+                self._programs[name] = _compile(model, traced, updated, donate, in_parts)
             return self._programs[name]
 
     def __deepcopy__(self, memo):
@@ -133,61 +135,100 @@ class Programs:
         return (Programs, (self.compile_steps,))
 
 
-if BACKEND == "tensorflow":
+def part(method):
+    """A method of a layer, traced once in a program for all layers of one kind.
 
-    class _ShortStacks(tf_stack.StackTraceFilter):
-        """Leaves most code out of the stack that TensorFlow keeps, as text, for each operation.
+    Args:
+        method: of a layer. It reads variables of that layer alone and updates none.
 
-        Otherwise a 10B in int4 takes 0.9 GB more.
-        """
-
-        def get_filtered_filenames(self):
-            # Of what is left TensorFlow drops the innermost three, its own; if nothing is, it
-            # crashes.
-            kept = ("tensorflow.python.framework", "tensorflow.python.util", __name__)
-            left_out = [x for name, x in [*sys.modules.items()] if not name.startswith(kept)]
-            return {getattr(module, "__file__", None) for module in left_out} - {None}
+    Returns:
+        callable with the signature of the method; of its arguments, those that are no tensors
+        must be hashable.
+    """
+    parts = getattr(_state, "parts", None)
+    return method if parts is None else functools.partial(_call_part, parts, method)
 
 
-def _compile(model, function, updated, donate):
-    if BACKEND == "jax":
+if BACKEND == "jax":
+    _jit = jax.jit
+elif BACKEND == "tensorflow":
+    _jit = functools.partial(tf.function, jit_compile=True, autograph=False)
 
-        def stateless(values, updated_values, *args):
-            read = [*zip(model.variables, values), *zip(updated, updated_values)]
-            with keras.StatelessScope(state_mapping=read) as scope:
-                outputs = function(*args)
-            return outputs, [scope.get_current_value(variable) for variable in updated]
 
-        jitted = jax.jit(stateless, donate_argnums=(2,) if donate else ())
+def _call_part(parts, method, *args, **kwargs):
+    layer, leaves = method.__self__, keras.tree.flatten((args, kwargs))
+    tensors = [x for x in leaves if ops.is_tensor(x)]
+    constants = tuple(None if ops.is_tensor(x) else (x,) for x in leaves)
+    kinds = tuple(
+        (type(x), x.compute_dtype, getattr(x, "lora", None), getattr(x, "is_merged", None))
+        for x in layer._flatten_layers()
+    )
+    variables = layer.variables
+    shapes = tuple((x.shape, x.dtype) for x in (*variables, *tensors))
+    key = (method.__name__, tuple(kwargs), constants, kinds, shapes)
+    if key not in parts:
 
-        def run(*args):
-            model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
-            values = [variable.value for variable in model.variables]
-            outputs, new_values = jitted(values, [v.value for v in updated], *args)
-            for variable, value in zip(updated, new_values):
-                variable.assign(value)
-            return outputs
+        def function(values, tensors):
+            tensors = iter(tensors)
+            leaves = [next(tensors) if x is None else x[0] for x in constants]
+            merged_args, merged_kwargs = keras.tree.pack_sequence_as((args, kwargs), leaves)
+            _state.parts = None  # a part has none
+            try:
+                with keras.StatelessScope(state_mapping=zip(variables, values)):
+                    return method(*merged_args, **merged_kwargs)
+            finally:
+                _state.parts = parts
 
-        return run
+        parts[key] = _jit(function)
+    return parts[key]([variable.value for variable in variables], tensors)
 
-    if BACKEND == "tensorflow":
-        compiled = tf.function(function, jit_compile=True, autograph=False)
-        by_signature = {}  # kept here, since tf.function warns of many shapes
 
-        def run(*args):
-            signature = tuple((x.shape, x.dtype) for x in keras.tree.flatten(args))
-            if signature not in by_signature:
-                with _ShortStacks():
-                    by_signature[signature] = compiled.get_concrete_function(*args)
-            return by_signature[signature](*args)
+def _compile_jax(model, function, updated, donate, in_parts):
+    def stateless(values, updated_values, *args):
+        read = [*zip(model.variables, values), *zip(updated, updated_values)]
+        with keras.StatelessScope(state_mapping=read) as scope:
+            outputs = function(*args)
+        return outputs, [scope.get_current_value(variable) for variable in updated]
 
-        return run
+    jitted = jax.jit(stateless, donate_argnums=(2,) if donate else ())
 
+    def run(*args):
+        model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
+        values = [variable.value for variable in model.variables]
+        outputs, new_values = jitted(values, [v.value for v in updated], *args)
+        for variable, value in zip(updated, new_values):
+            variable.assign(value)
+        return outputs
+
+    return run
+
+
+def _compile_tensorflow(model, function, updated, donate, in_parts):
+    compiled = tf.function(function, jit_compile=not in_parts, autograph=False)
+    by_signature = {}  # kept here, since tf.function warns of many shapes
+
+    def run(*args):
+        signature = tuple((x.shape, x.dtype) for x in keras.tree.flatten(args))
+        if signature not in by_signature:
+            by_signature[signature] = compiled.get_concrete_function(*args)
+        return by_signature[signature](*args)
+
+    return run
+
+
+def _compile_torch(model, function, updated, donate, in_parts):
     def run(*args):
         with torch.inference_mode():
             return function(*args)
 
     return run
+
+
+_compile = {
+    "jax": _compile_jax,
+    "tensorflow": _compile_tensorflow,
+    "torch": _compile_torch,
+}[BACKEND]
 
 
 def compiled(function):
@@ -572,6 +613,17 @@ def write(buffer, values, index, axis=1):
     start = [index if i == axis else 0 for i in axes]
     written = ops.slice_update(squeezed(buffer), start, squeezed(values))
     return ops.reshape(written, ops.shape(buffer))
+
+
+def write_cache(buffer, values, index):
+    """`write` along axis 2 of a decoder's cache, which nothing else may refer to."""
+    is_in_parts = BACKEND == "tensorflow" and getattr(_state, "parts", None) is not None
+    if not is_in_parts or values.shape[2] != 1:
+        return write(buffer, values, index, axis=2)
+    rows = tf.range(math.prod(buffer.shape[:2])) * buffer.shape[2] + index
+    old, new = (tf.reshape(x, (-1, buffer.shape[3])) for x in (buffer, values))
+    # The one operation that does not copy a buffer in a loop.
+    return tf.reshape(tf.raw_ops.InplaceUpdate(x=old, i=rows, v=new), buffer.shape)
 
 
 def take_rows(x, places):

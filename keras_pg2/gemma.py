@@ -41,21 +41,18 @@ class RMSNorm(DirectCall, layers.Layer):
 
 
 class GemmaAttention(DirectCall, layers.Layer):
-    """Grouped-query self-attention with rotary embedding and an optional cache.
+    """Grouped-query self-attention with rotary embedding, of what `project` makes.
 
     Args:
         config: GemmaConfig.
 
     Call arguments:
-        x: float (B, T, D).
-        attention_mask: bool (B, T, S); S is T, or the length of a cache that holds more.
-        rotary: cos and sin of the positions of `x`, see `rotary_angles`.
-        cache: None, or key and value, each float (B, K, S, H).
-        cache_index: int32 scalar, where in the cache the T tokens are written.
-        output_start: int, the first of the T positions whose output is wanted.
+        query: float (B, T, N, H).
+        key, value: float (B, K, S, H).
+        attention_mask: bool (B, T, S).
 
     Returns:
-        float (B, T - output_start, D), and the written cache or None.
+        float (B, T, D).
     """
 
     def __init__(self, config, **kwargs):
@@ -74,7 +71,17 @@ class GemmaAttention(DirectCall, layers.Layer):
             layer.build(input_shape)
         self.output_projection.build((*input_shape[:-1], self.query.units))
 
-    def call(self, x, attention_mask, rotary, cache=None, cache_index=None, output_start=0):
+    def project(self, x, rotary, output_start=0):
+        """Query, key and value.
+
+        Args:
+            x: float (B, T, D).
+            rotary: cos and sin of the positions of `x`, see `rotary_angles`.
+            output_start: int, the first of the T positions whose query is wanted.
+
+        Returns:
+            float (B, T - output_start, N, H), and twice (B, K, T, H).
+        """
         config = self.config
         length = ops.shape(x)[1]
         key = ops.reshape(self.key(x), (-1, length, config.num_kv_heads, config.head_dim))
@@ -82,20 +89,18 @@ class GemmaAttention(DirectCall, layers.Layer):
         # Heads first: so TPUs and GPUs want the cache, and would copy any other.
         key = ops.swapaxes(ops.cast(apply_rotary(key, *rotary), self.compute_dtype), 1, 2)
         value = ops.swapaxes(ops.cast(value, self.compute_dtype), 1, 2)
-        if cache is not None:
-            pairs = zip(cache, (key, value))
-            cache = [_backend.write(*pair, cache_index, axis=2) for pair in pairs]
-            if attention_mask.shape[2] != length:  # else nothing else is in the cache yet
-                key, value = cache
         if output_start:
-            x, attention_mask = x[:, output_start:], attention_mask[:, output_start:]
-            rotary = [angles[:, output_start:] for angles in rotary]
+            x, rotary = x[:, output_start:], [angles[:, output_start:] for angles in rotary]
             length = ops.shape(x)[1]
         query = ops.reshape(self.query(x), (-1, length, config.num_heads, config.head_dim))
         query = apply_rotary(query, *rotary) * config.query_pre_attn_scalar**-0.5
+        return query, key, value
+
+    def call(self, query, key, value, attention_mask):
+        config = self.config
         output = attention(query, key, value, attention_mask, config.attn_logit_softcap)
-        output = ops.reshape(output, (-1, length, config.num_heads * config.head_dim))
-        return self.output_projection(output), cache
+        width = config.num_heads * config.head_dim
+        return self.output_projection(ops.reshape(output, (-1, ops.shape(output)[1], width)))
 
 
 def _gelu_times(gate, up):
@@ -144,7 +149,13 @@ class GemmaBlock(DirectCall, layers.Layer):
     Args:
         config: GemmaConfig.
 
-    Call arguments: those of `GemmaAttention`, and
+    Call arguments:
+        x: float (B, T, D).
+        attention_mask: bool (B, T, S); S is T, or the length of a cache that holds more.
+        rotary: cos and sin of the positions of `x`, see `rotary_angles`.
+        cache: None, or key and value, each float (B, K, S, H).
+        cache_index: int32 scalar, where in the cache the T tokens are written.
+        output_start: int, the first of the T positions whose output is wanted.
         training: bool, whether dropout acts.
 
     Returns:
@@ -185,17 +196,22 @@ class GemmaBlock(DirectCall, layers.Layer):
         output_start=0,
         training=None,
     ):
-        config = self.config
-        update, cache = self.attention(
-            self.pre_attention_norm(x),
-            attention_mask,
-            rotary,
-            cache=cache,
-            cache_index=cache_index,
-            output_start=output_start,
-        )
+        query, key, value = _backend.part(self._project)(x, rotary, output_start)
+        if cache is not None:  # written between the parts, so that it is not copied
+            cache = [_backend.write_cache(*pair, cache_index) for pair in zip(cache, (key, value))]
+            if attention_mask.shape[2] != x.shape[1]:  # else nothing else is in the cache yet
+                key, value = cache
         if output_start:
-            x = x[:, output_start:]
+            x, attention_mask = x[:, output_start:], attention_mask[:, output_start:]
+        finish = _backend.part(self._finish)
+        return finish(x, query, key, value, attention_mask, training), cache
+
+    def _project(self, x, rotary, output_start):
+        return self.attention.project(self.pre_attention_norm(x), rotary, output_start)
+
+    def _finish(self, x, query, key, value, attention_mask, training):
+        config = self.config
+        update = self.attention(query, key, value, attention_mask)
         if config.use_post_norms:
             update = self.post_attention_norm(update)
         if config.dropout and training:
@@ -206,7 +222,7 @@ class GemmaBlock(DirectCall, layers.Layer):
             update = self.post_mlp_norm(update)
         if config.dropout and training:
             update = keras.random.dropout(update, config.dropout, seed=self.mlp_seed)
-        return x + update, cache
+        return x + update
 
 
 class GemmaDecoder(DirectCall, layers.Layer):
@@ -277,11 +293,11 @@ class GemmaDecoder(DirectCall, layers.Layer):
 
     def embed(self, token_ids):
         """Token ids int32 (B, T) to embeddings float (B, T, D), scaled by `√D`."""
-        return self.embedding(token_ids)
+        return _backend.part(self.embedding.__call__)(token_ids)
 
     def logits(self, hidden):
         """Hidden states float (..., D) to token logits float32 (..., V), soft-capped."""
-        logits = self.embedding(hidden, reverse=True)
+        logits = _backend.part(self.embedding.__call__)(hidden, reverse=True)
         softcap = self.config.final_logit_softcap
         return logits if softcap is None else ops.tanh(logits / softcap) * softcap
 

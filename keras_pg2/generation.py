@@ -253,14 +253,7 @@ def token_steps(
     is_beam = isinstance(sampler, Beam)
     choice, method = {}, sampler
     if isinstance(sampler, Sample):
-        # Numbers are inputs of the programs, so that a new temperature compiles nothing.
-        streams = [np.random.default_rng(seed) for seed in seeds]
-        choice = {
-            "uniforms": np.stack([1 - rng.random(buffer_length, "float32") for rng in streams]),
-            "temperature": np.float32(sampler.temperature),
-            "top_k": np.int32(sampler.top_k or model.config.text.vocab_size),
-            "top_p": np.float32(sampler.top_p or 1),
-        }
+        choice = _sample_inputs(sampler, seeds, buffer_length, model.config.text.vocab_size)
         method = "filtered" if sampler.top_k or sampler.top_p else "random"
     if grammar is not None:
         choice["grammar"] = grammar.tables(model.config.text.vocab_size)
@@ -270,12 +263,14 @@ def token_steps(
         model,
         ("prefill", method, cache_length, buffer_length, grammar is not None),
         lambda inputs, choice: _prefill(model, method, inputs, choice, cache_length, buffer_length),
+        in_parts=True,
     )
     advance = programs.get(
         model,
         ("decode", method, grammar is not None),
         lambda state, limit: _advance(model, method, state, limit),
         donate=True,
+        in_parts=getattr(model.text.embedding.quantized, "mode", None) == "int4",
     )
     state = prefill(inputs, tree.map_structure(ops.convert_to_tensor, choice))
     while True:
@@ -291,6 +286,17 @@ def token_steps(
         limit = min(count + num_steps(), max_new_tokens)
         state["done"] = ops.convert_to_tensor(done)
         state = advance(state, ops.convert_to_tensor(np.int32(limit)))
+
+
+def _sample_inputs(sampler, seeds, length, vocab_size):
+    """Numbers that are inputs of the programs, so that a new temperature compiles nothing."""
+    streams = [np.random.default_rng(seed) for seed in seeds]
+    return {
+        "uniforms": np.stack([1 - rng.random(length, "float32") for rng in streams]),
+        "temperature": np.float32(sampler.temperature),
+        "top_k": np.int32(sampler.top_k or vocab_size),
+        "top_p": np.float32(sampler.top_p or 1),
+    }
 
 
 def _pad_to_buckets(model, inputs, max_new_tokens):
@@ -324,13 +330,11 @@ def _pad_to_buckets(model, inputs, max_new_tokens):
 def _prefill(model, method, inputs, choice, cache_length, buffer_length):
     """Runs the prefix and chooses the first token; `choice` is what `method` needs to choose."""
     logits, _, cache = model.prefill(inputs, cache_length)
-    batch_size = logits.shape[0]
+    batch_size, length = logits.shape[0], inputs["token_ids"].shape[1]
     rows = (batch_size, buffer_length)
     state = {
         "cache": cache,
-        "index": ops.convert_to_tensor(
-            np.int32(model.num_image_tokens(inputs) + inputs["token_ids"].shape[1])
-        ),
+        "index": ops.convert_to_tensor(model.num_image_tokens(inputs) + length, "int32"),
         "count": ops.zeros((), "int32"),
         "done": ops.zeros((batch_size,), "bool"),
         "tokens": ops.full(rows, PAD_ID, "int32"),
@@ -340,21 +344,27 @@ def _prefill(model, method, inputs, choice, cache_length, buffer_length):
     if "grammar" in state:
         state["recent"] = ops.zeros((batch_size, 2), "int32")
     if isinstance(method, Beam):
-        beams = method.num_beams
-        scores = [[0.0] + [_NEVER] * (beams - 1)] * batch_size
-        state |= {
-            "cache": _repeat_cache(cache, beams),
-            "tokens": ops.full((batch_size, beams, buffer_length), PAD_ID, "int32"),
-            "log_probs": ops.zeros((batch_size, beams, buffer_length), "float32"),
-            "scores": ops.convert_to_tensor(scores, "float32"),
-            "best_tokens": state["tokens"],
-            "best_log_probs": state["log_probs"],
-            "best_score": ops.full((batch_size,), 2 * _NEVER, "float32"),
-        }
-        logits = ops.repeat(logits, beams, axis=0)
-        for name in {"place", "recent"} & set(state):
-            state[name] = ops.repeat(state[name], beams, axis=0)
+        state, logits = _as_beams(state, logits, method.num_beams)
     return _choose(method, state, logits)
+
+
+def _as_beams(state, logits, beams):
+    """The state and logits of single rows, of which beam search makes many."""
+    batch_size, length = state["tokens"].shape
+    scores = [[0.0] + [_NEVER] * (beams - 1)] * batch_size
+    names = {"place", "recent"} & set(state)
+    rows = {name: ops.repeat(state[name], beams, axis=0) for name in names}
+    return {
+        **state,
+        **rows,
+        "cache": _repeat_cache(state["cache"], beams),
+        "tokens": ops.full((batch_size, beams, length), PAD_ID, "int32"),
+        "log_probs": ops.zeros((batch_size, beams, length), "float32"),
+        "scores": ops.convert_to_tensor(scores, "float32"),
+        "best_tokens": state["tokens"],
+        "best_log_probs": state["log_probs"],
+        "best_score": ops.full((batch_size,), 2 * _NEVER, "float32"),
+    }, ops.repeat(logits, beams, axis=0)
 
 
 def _advance(model, method, state, limit):
@@ -389,7 +399,9 @@ def _choose(method, state, logits):
     done = state["done"]
     log_prob = ops.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
     token = ops.where(done, PAD_ID, token)
-    return _follow_grammar(state, token) | {
+    if "grammar" in state:
+        state = _follow_grammar(state, token)
+    return state | {
         "token": token,
         "tokens": _backend.write(state["tokens"], token[:, None], state["count"]),
         "log_probs": _backend.write(
@@ -411,8 +423,6 @@ def _allowed(state, vocab_size):
 
 def _follow_grammar(state, token):
     """The state with the rows' places in the grammar after a token int32 (rows,)."""
-    if "grammar" not in state:
-        return state
     grammar = state["grammar"]
     token_class = ops.take(grammar["classes"], token, axis=0)
     then = ops.take(grammar["next"], state["place"], axis=0)
@@ -495,7 +505,9 @@ def _choose_beams(sampler, state, log_probs):
         # While the grammar allowed no end, the best beam stands in.
         is_open = (best_score < _NEVER / 2)[:, None]
         best = {name: ops.where(is_open, extended[name][:, 0], best[name]) for name in best}
-    return _follow_grammar(state, token) | {
+    if "grammar" in state:
+        state = _follow_grammar(state, token)
+    return state | {
         "cache": tree.map_structure(lambda array: ops.take(array, rows, axis=0), state["cache"]),
         "token": token,
         **extended,
@@ -594,7 +606,7 @@ def score_suffixes(model, inputs, suffixes, batch_size):
         return model.suffix_log_likelihoods(hidden, token_ids, weights)
 
     programs = model.programs
-    read_prefix = programs.get(model, ("read_prefix", cache_length), read_prefix)
+    read_prefix = programs.get(model, ("read_prefix", cache_length), read_prefix, in_parts=True)
     score = programs.get(model, ("score", start), score)
     state = read_prefix(tree.map_structure(ops.convert_to_tensor, inputs))
     scores = [

@@ -102,6 +102,8 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         outputs = self._matmul(inputs, self.quantized or self._kernel)
         if self.bias is not None:
             outputs = outputs + ops.cast(self.bias, outputs.dtype)
+        if self.lora is None or self.is_merged:
+            return outputs
         return self._add_lora(outputs, inputs, training)
 
     def compute_output_spec(self, inputs, training=None):
@@ -119,19 +121,10 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
             if kernel.dtype != self.compute_dtype:
                 kernel = ops.cast(kernel, self.compute_dtype)
             multiply = functools.partial(_backend.matmul, kernel=kernel)
-        if self.compute_dtype != "float16":
-            return multiply(inputs)
-        inputs = ops.cast(inputs, "float32")
-        largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
-        # The largest input becomes 1/32: sums of many products must fit too.
-        exponent = ops.ceil(ops.log2(ops.maximum(largest, 1e-30))) + 5
-        scale = ops.power(2.0, exponent)
-        outputs = multiply(inputs / scale)
-        return ops.cast(outputs, "float32") * scale
+        is_float16 = self.compute_dtype == "float16"
+        return _in_range(multiply, inputs) if is_float16 else multiply(inputs)
 
     def _add_lora(self, outputs, inputs, training):
-        if self.lora is None or self.is_merged:
-            return outputs
         if training and self.lora.dropout:
             inputs = keras.random.dropout(inputs, self.lora.dropout, seed=self._dropout_seed)
         update = self._matmul(self._matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
@@ -303,6 +296,16 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
             self.lora_kernel_b.assign(store["lora_kernel_b"])
 
 
+def _in_range(multiply, inputs):
+    """`multiply(inputs)` in float32, whose products are in float16."""
+    inputs = ops.cast(inputs, "float32")
+    largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
+    # The largest input becomes 1/32: sums of many products must fit too.
+    exponent = ops.ceil(ops.log2(ops.maximum(largest, 1e-30))) + 5
+    scale = ops.power(2.0, exponent)
+    return ops.cast(multiply(inputs / scale), "float32") * scale
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraOptions:
     """Options of the LoRA of one layer.
@@ -368,14 +371,14 @@ class TokenEmbedding(Quantizable, DirectCall, keras.layers.ReversibleEmbedding):
         if self.quantized is not None:
             embedded = self.quantized.take(inputs)
         else:
-            embedded = ops.cast(ops.take(self.embeddings, inputs, axis=0), "float32")
+            embedded = ops.cast(ops.take(self._embeddings, inputs, axis=0), "float32")
         return ops.cast(embedded * self.output_dim**0.5, activation_dtype(self.compute_dtype))
 
     def matrix(self):
         """The embeddings (V, D) in the dtype of products."""
         if self.quantized is not None:
             return self.quantized.values(self.compute_dtype)
-        return ops.cast(self.embeddings, self.compute_dtype)
+        return ops.cast(self._embeddings, self.compute_dtype)
 
     # Quantization and saving, as Keras asks for it
 

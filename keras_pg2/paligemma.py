@@ -703,7 +703,7 @@ class PaliGemma2(keras.Model):
             raise ValueError("`images` must be an image or a list of images, not a list of lists.")
         self._check_options(1, "greedy", (), batch_size)
         images = [image for (image,) in images]
-        program = self.programs.get(self, ("encode",), self.encode_images)
+        program = self.programs.get(self, ("encode",), self.encode_images, in_parts=True)
         load = self._require_preprocessor().load_images
         starts = range(0, len(images), batch_size)
         batches = [([[image] for image in images[i : i + batch_size]],) for i in starts]

@@ -174,7 +174,7 @@ class SiglipTower(DirectCall, layers.Layer):
             if self.use_remat and training:
                 x = _rematerialized(block)(x)
             else:
-                x = block(x, training=training)
+                x = _backend.part(block.__call__)(x, training=training)
         return self.final_norm(x)
 
     def compute_output_shape(self, input_shape):
