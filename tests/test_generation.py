@@ -57,7 +57,7 @@ def test_cached_equals_uncached_if_quantized(data, image, mode):
     token_ids, log_probs = greedy_reference(model, inputs, 10)
     answer = model.generate(image, "caption en", max_new_tokens=10, details=True)
     assert answer.token_ids.tolist() == token_ids.tolist()
-    np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
+    np.testing.assert_allclose(answer.log_probs, log_probs, atol=5e-4)
     assert "".join(model.stream(image, "caption en", max_new_tokens=10)) == answer.text
 
 
@@ -449,9 +449,11 @@ def test_blocks_of_one_kind_are_traced_once(data, image, monkeypatch, quantize):
 def test_blocks_of_several_kinds(data, image):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
     blocks = model.text.blocks
-    for block, alpha in zip(blocks, (1, 20, 20)):
+    rng = np.random.default_rng(0)
+    for block, alpha in zip(blocks, (1, 6, 6)):
         block.mlp.gate.enable_lora(2, alpha=alpha)
-        block.mlp.gate.lora_kernel_b.assign(np.full((2, 56), 0.5, "float32"))
+        for kernel in (block.mlp.gate.lora_kernel_a, block.mlp.gate.lora_kernel_b):
+            kernel.assign(rng.normal(0, 0.3, kernel.shape))
     blocks[2].mlp.gate.merge_lora()
     blocks[3].mlp.gate.quantize("int8")
     model.vision.blocks[1].mlp.up.quantize("int4")
@@ -459,7 +461,7 @@ def test_blocks_of_several_kinds(data, image):
     token_ids, log_probs = greedy_reference(model, inputs, 6)
     answer = model.generate(image, "caption en", max_new_tokens=6, details=True)
     assert answer.token_ids.tolist() == token_ids.tolist()
-    np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
+    np.testing.assert_allclose(answer.log_probs, log_probs, atol=5e-4)
 
 
 @pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
