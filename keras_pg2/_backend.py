@@ -77,8 +77,7 @@ class Programs:
         self.compile_steps = compile_steps
         self.compilations = []
         self._programs, self._parts = {}, {}
-        self._variables = []
-        self._sampler = None
+        self._variables, self._sampler = [], None
         self._lock = threading.Lock()
 
     def get(self, model, name, function, sampler=None, donate=False, in_parts=False):
@@ -159,10 +158,7 @@ def _call_part(parts, method, *args, **kwargs):
     layer, leaves = method.__self__, keras.tree.flatten((args, kwargs))
     tensors = [x for x in leaves if ops.is_tensor(x)]
     constants = tuple(None if ops.is_tensor(x) else (x,) for x in leaves)
-    kinds = tuple(
-        (type(x), x.compute_dtype, getattr(x, "lora", None), getattr(x, "is_merged", None))
-        for x in layer._flatten_layers()
-    )
+    kinds = tuple(map(_kind, layer._flatten_layers()))
     variables = layer.variables
     shapes = tuple((x.shape, x.dtype) for x in (*variables, *tensors))
     key = (method.__name__, tuple(kwargs), constants, kinds, shapes)
@@ -181,6 +177,13 @@ def _call_part(parts, method, *args, **kwargs):
 
         parts[key] = _jit(function)
     return parts[key]([variable.value for variable in variables], tensors)
+
+
+def _kind(layer):
+    if not type(layer).__module__.startswith(("keras.", "keras_pg2.")):
+        return layer  # a user's own, with attributes that we do not know
+    lora = getattr(layer, "lora", None), getattr(layer, "is_merged", None)
+    return type(layer), layer.compute_dtype, *lora
 
 
 def _compile_jax(model, function, updated, donate, in_parts):

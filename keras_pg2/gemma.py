@@ -71,7 +71,7 @@ class GemmaAttention(DirectCall, layers.Layer):
             layer.build(input_shape)
         self.output_projection.build((*input_shape[:-1], self.query.units))
 
-    def project(self, x, rotary, output_start=0):
+    def project(self, x, rotary, output_start):
         """Query, key and value.
 
         Args:
@@ -97,10 +97,9 @@ class GemmaAttention(DirectCall, layers.Layer):
         return query, key, value
 
     def call(self, query, key, value, attention_mask):
-        config = self.config
-        output = attention(query, key, value, attention_mask, config.attn_logit_softcap)
-        width = config.num_heads * config.head_dim
-        return self.output_projection(ops.reshape(output, (-1, ops.shape(output)[1], width)))
+        output = attention(query, key, value, attention_mask, self.config.attn_logit_softcap)
+        shape = (-1, ops.shape(output)[1], self.query.units)
+        return self.output_projection(ops.reshape(output, shape))
 
 
 def _gelu_times(gate, up):
@@ -210,6 +209,7 @@ class GemmaBlock(DirectCall, layers.Layer):
         return self.attention.project(self.pre_attention_norm(x), rotary, output_start)
 
     def _finish(self, x, query, key, value, attention_mask, training):
+        """All that follows the write into the cache."""
         config = self.config
         update = self.attention(query, key, value, attention_mask)
         if config.use_post_norms:

@@ -250,26 +250,25 @@ def token_steps(
             raise ValueError("A grammar does not work with the samplers of keras_hub.")
         yield _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens), None
         return
-    is_beam = isinstance(sampler, Beam)
-    choice, method = {}, sampler
+    choice, method, is_beam = {}, sampler, isinstance(sampler, Beam)
     if isinstance(sampler, Sample):
         choice = _sample_inputs(sampler, seeds, buffer_length, model.config.text.vocab_size)
         method = "filtered" if sampler.top_k or sampler.top_p else "random"
     if grammar is not None:
         choice["grammar"] = grammar.tables(model.config.text.vocab_size)
         choice["place"] = np.array(starts, "int32")
-    programs = model.programs
-    prefill = programs.get(
+    prefill = model.programs.get(
         model,
         ("prefill", method, cache_length, buffer_length, grammar is not None),
         lambda inputs, choice: _prefill(model, method, inputs, choice, cache_length, buffer_length),
         in_parts=True,
     )
-    advance = programs.get(
+    advance = model.programs.get(
         model,
         ("decode", method, grammar is not None),
         lambda state, limit: _advance(model, method, state, limit),
         donate=True,
+        # With int4 a token takes long anyway, and memory counts.
         in_parts=getattr(model.text.embedding.quantized, "mode", None) == "int4",
     )
     state = prefill(inputs, tree.map_structure(ops.convert_to_tensor, choice))

@@ -297,7 +297,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
 
 
 def _in_range(multiply, inputs):
-    """`multiply(inputs)` in float32, whose products are in float16."""
+    """`multiply(inputs)` in float32, whose products stay within the range of float16."""
     inputs = ops.cast(inputs, "float32")
     largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
     # The largest input becomes 1/32: sums of many products must fit too.

@@ -1,6 +1,7 @@
 import functools
 import re
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -444,6 +445,29 @@ def test_blocks_of_one_kind_are_traced_once(data, image, monkeypatch, quantize):
     is_whole = _backend.BACKEND == "tensorflow" and quantize is None
     decode = [(f"block_{i}", (1, 1, 40)) for i in range(4 if is_whole else 1)]
     assert traced == prefill + decode
+
+
+class Scale(keras.layers.Layer):
+    """A user's own layer, whose attribute nobody else knows."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def call(self, x):
+        return self.factor * x
+
+
+def test_own_layers_in_blocks(data, image):
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    for factor, block in enumerate(model.text.blocks):
+        block._tracker.unlock()
+        block.post_mlp_norm = Scale(factor / 4)
+    inputs = model.preprocessor.for_generation([[image]], ["caption en"])
+    token_ids, log_probs = greedy_reference(model, inputs, 6)
+    answer = model.generate(image, "caption en", max_new_tokens=6, details=True)
+    assert answer.token_ids.tolist() == token_ids.tolist()
+    np.testing.assert_allclose(answer.log_probs, log_probs, atol=5e-4)
 
 
 def test_blocks_of_several_kinds(data, image):
