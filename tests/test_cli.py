@@ -1,3 +1,4 @@
+import functools
 import json
 
 import numpy as np
@@ -6,6 +7,15 @@ from PIL import Image
 
 from keras_pg2 import PaliGemma2, Tokenizer, cli
 from keras_pg2.checkpoints import io, presets
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_models():
+    """A preset is loaded, and its programs compiled, once: a command changes no model."""
+    load = functools.cache(PaliGemma2.from_preset)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PaliGemma2, "from_preset", load)
+        yield
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from keras import ops
 from keras_pg2 import Beam, PaliGemma2
 
 P = 9  # image tokens
-TOLERANCE = 2e-5  # of the largest logit, in float32
+# Of the largest logit, in float32: 5e-4, as the notes on the goldens suggest, of logits to 19.
+# Rounding alone gave 2.2e-5 with the products of torch on one CPU, and 0.5e-5 with those of jax.
+TOLERANCE = 2.6e-5
 CHECKPOINTS = {  # folder or file: (golden, changes of the config)
     "hf_tiny_paligemma1": ("hf_tiny_paligemma1", {}),
     "hf_tiny_paligemma2": ("hf_tiny_paligemma2", {}),
