@@ -40,6 +40,8 @@ elif BACKEND == "tensorflow":
     import tensorflow as tf
 elif BACKEND == "torch":
     import torch
+
+    _HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 else:
     raise ImportError(
         "keras_pg2 runs on the Keras backends jax, tensorflow and torch. "
@@ -421,7 +423,10 @@ def torch_attention(query, key, value, mask, logit_softcap):
     num_kv_heads, key_length = key.shape[1:3]
     query = query.view(batch_size, query_length, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     query = query.reshape(batch_size, num_kv_heads, -1, head_dim)  # (B, K, G · T, H)
-    logits = torch.matmul(query, key.transpose(2, 3)).float()
+    if query.device.type == "cpu" and _has_tiles(query) and query.shape[2] <= _MAX_FEW_ROWS:
+        logits = torch.matmul(key, query.transpose(2, 3)).transpose(2, 3).contiguous().float()
+    else:
+        logits = torch.matmul(query, key.transpose(2, 3)).float()
     if logit_softcap is not None:
         logits = logits.div_(logit_softcap).tanh_().mul_(logit_softcap)
     logits = logits.view(batch_size, num_kv_heads, -1, query_length, key_length)
@@ -702,8 +707,7 @@ def _logits(x, matrix):
     if x.device.type == "cuda":
         logits = torch.mm(rows, columns, out_dtype=torch.float32)
     elif len(rows) <= _MAX_FEW_ROWS:
-        with _products_of(len(rows)):
-            return refined(torch.matmul(x, columns), x, lambda places: matrix[places].float())
+        return refined(_few_times(x, columns), x, lambda places: matrix[places].float())
     else:
         # A CPU rounds results. What was rounded off is a second product less the first; it takes
         # less time than float32 copies of the matrix.
@@ -713,7 +717,7 @@ def _logits(x, matrix):
 
 
 def matmul(x, kernel):
-    """`ops.matmul(x, kernel)`, faster for a single row on torch and a CPU.
+    """`ops.matmul(x, kernel)`, faster for few rows on torch and a CPU.
 
     Args:
         x: float (..., in).
@@ -727,12 +731,29 @@ def matmul(x, kernel):
     is_variable = isinstance(kernel, keras.Variable)
     matrix = kernel.value if is_variable else kernel
     x = x.to(matrix.dtype)
-    if x.device.type != "cpu" or x.numel() != x.shape[-1] or x.dtype == torch.float32:
+    max_rows = _MAX_FEW_ROWS if _has_tiles(x) else 1
+    if x.device.type != "cpu" or x.dtype == torch.float32 or x.numel() > max_rows * x.shape[-1]:
         return torch.matmul(x, matrix)
     if is_variable:
         _lay_out(kernel)
-    with _products_of(1):
-        return torch.matmul(x, matrix)
+    return _few_times(x, matrix)
+
+
+def _has_tiles(x):
+    """Whether the CPU multiplies tiles of the dtype of `x`."""
+    return _HAS_AMX and x.dtype == torch.bfloat16
+
+
+def _few_times(x, columns):
+    """`x @ columns` of few rows on a CPU, each column's weights beside each other."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not _has_tiles(x):
+        with _products_of(len(rows)):
+            return torch.matmul(x, columns)
+    # oneDNN would lay out the right operand anew for the tiles. A vector it multiplies without.
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, 1)) if len(rows) == 1 else rows
+    product = torch.matmul(columns.t(), padded.t())[:, : len(rows)].t()
+    return product.reshape(*x.shape[:-1], -1).contiguous()
 
 
 def _lay_out(kernel):

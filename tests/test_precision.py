@@ -175,22 +175,44 @@ def test_logits_of_a_few_rows(run_in_program, num_rows):
     np.testing.assert_allclose(logits, x @ matrix.T, atol=1e-4)
 
 
-def test_a_single_row():
-    """Its product is the same, and the kernel, which may change its layout, trains on."""
+@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3, 9])
+def test_few_rows(monkeypatch, num_rows, has_amx):
+    """Their product is the same, and the kernel, which may change its layout, trains on."""
+    monkeypatch.setattr(_backend, "_HAS_AMX", has_amx, raising=False)
     layer = Linear(48, use_bias=False, dtype="bfloat16")
     layer.build((None, 64))
     before = ops.convert_to_numpy(ops.cast(layer.kernel, "float32"))
-    x = ops.cast(np.random.default_rng(0).normal(size=(1, 1, 64)), "bfloat16")
+    x = ops.cast(np.random.default_rng(0).normal(size=(num_rows, 1, 64)), "bfloat16")
     output = ops.cast(_program(layer, x), "float32")
-    expected = ops.convert_to_numpy(ops.cast(x, "float32"))[0, 0] @ before
-    np.testing.assert_allclose(ops.convert_to_numpy(output)[0, 0], expected, atol=0.03)
+    expected = ops.convert_to_numpy(ops.cast(x, "float32")) @ before
+    np.testing.assert_allclose(ops.convert_to_numpy(output), expected, atol=0.03)
     assert (ops.convert_to_numpy(ops.cast(layer.kernel, "float32")) == before).all()
     layer.kernel.assign(before * 2)
-    doubled = ops.convert_to_numpy(ops.cast(layer(x), "float32"))[0, 0]
+    doubled = ops.convert_to_numpy(ops.cast(layer(x), "float32"))
     np.testing.assert_allclose(doubled, expected * 2, atol=0.06)
     if _backend.BACKEND == "torch":
         layer(x).float().sum().backward()
         assert layer.kernel.value.grad.shape == (64, 48)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a function of torch")
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_attention_of_a_token(monkeypatch, has_amx):
+    monkeypatch.setattr(_backend, "_HAS_AMX", has_amx)
+    rng = np.random.default_rng(0)
+    shapes = (2, 1, 4, 16), (2, 2, 10, 16), (2, 2, 10, 16)  # two queries share a key
+    query, key, value = (ops.cast(rng.normal(size=shape), "bfloat16") for shape in shapes)
+    mask = np.arange(10) < np.array([[[10]], [[7]]])
+    output = _program(
+        _backend.torch_attention, query, key, value, ops.convert_to_tensor(mask), None
+    )
+    query, key, value = (x.float().numpy() for x in (query, key, value))
+    logits = np.einsum("bkgh,bksh->bkgs", query.reshape(2, 2, 2, 16), key)
+    probs = np.exp(np.where(mask[:, None], logits, -np.inf))
+    probs /= probs.sum(axis=-1, keepdims=True)
+    expected = np.einsum("bkgs,bksh->bkgh", probs, value).reshape(2, 1, 4, 16)
+    np.testing.assert_allclose(output.float().numpy(), expected, atol=0.05)
 
 
 def _program(function, *args):
