@@ -291,7 +291,8 @@ def loop(step, state, max_steps, is_done, num_rows):
             # A tensor made outside of this mode would be another kind of input, compiled anew.
             state = keras.tree.map_structure(lambda x: x if x.is_inference() else x.clone(), state)
         # Compiled code does not choose the products itself, see `matmul`.
-        with _products_of(num_rows) if is_compiled else contextlib.nullcontext():
+        is_chosen = is_compiled and not _HAS_AMX
+        with _products_of(num_rows) if is_chosen else contextlib.nullcontext():
             for count in range(int(max_steps)):
                 # On an accelerator each look at the device costs a wait.
                 done = is_done(state)
@@ -423,7 +424,7 @@ def torch_attention(query, key, value, mask, logit_softcap):
     num_kv_heads, key_length = key.shape[1:3]
     query = query.view(batch_size, query_length, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     query = query.reshape(batch_size, num_kv_heads, -1, head_dim)  # (B, K, G · T, H)
-    if query.device.type == "cpu" and _has_tiles(query) and query.shape[2] <= _MAX_FEW_ROWS:
+    if _has_tiles(query) and query.shape[2] <= _MAX_FEW_ROWS:  # as in `_few_times`
         logits = torch.matmul(key, query.transpose(2, 3)).transpose(2, 3).contiguous().float()
     else:
         logits = torch.matmul(query, key.transpose(2, 3)).float()
@@ -740,8 +741,8 @@ def matmul(x, kernel):
 
 
 def _has_tiles(x):
-    """Whether the CPU multiplies tiles of the dtype of `x`."""
-    return _HAS_AMX and x.dtype == torch.bfloat16
+    """Whether `x` is on a CPU that multiplies tiles of its dtype."""
+    return _HAS_AMX and x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
 def _few_times(x, columns):
@@ -767,7 +768,7 @@ def _lay_out(kernel):
 
 @contextlib.contextmanager
 def _products_of(num_rows):
-    """oneDNN reads the weights at half the rate of torch's own code if there is but one row."""
+    """Without AMX oneDNN reads the weights of a single row at half the rate of torch's own code."""
     if num_rows > 1 or torch.compiler.is_compiling():
         yield
         return

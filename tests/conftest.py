@@ -15,12 +15,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Most of the time goes into compiling tiny programs, which XLA does twice as fast unoptimized.
 # XLA ends a process that sets a flag it does not know, so only versions seen to know them get them.
-_XLA = {"jax": ("jaxlib", "0.10."), "tensorflow": ("tensorflow", "2.21.")}
-_PACKAGE, _VERSION = _XLA.get(os.environ.get("KERAS_BACKEND"), ("keras", "none"))
-if version(_PACKAGE).startswith(_VERSION):
-    os.environ.setdefault(
-        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    )
+for _BACKEND, _PACKAGE, _KNOWN in [
+    ("jax", "jaxlib", "0.10."),
+    ("tensorflow", "tensorflow", "2.21."),
+]:
+    if os.environ.get("KERAS_BACKEND") == _BACKEND and version(_PACKAGE).startswith(_KNOWN):
+        os.environ.setdefault(
+            "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        )
 
 import keras
 import numpy as np
