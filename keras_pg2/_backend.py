@@ -42,6 +42,13 @@ elif BACKEND == "torch":
     import torch
 
     _HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    # Dtypes that a CPU, by oneDNN, multiplies as fast as float32. Without AVX-512 there are none.
+    _CPU_DTYPES = {torch.float32}
+    if torch.backends.mkldnn.is_available():
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            _CPU_DTYPES.add(torch.bfloat16)
+        if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            _CPU_DTYPES.add(torch.float16)
 else:
     raise ImportError(
         "keras_pg2 runs on the Keras backends jax, tensorflow and torch. "
@@ -424,6 +431,9 @@ def torch_attention(query, key, value, mask, logit_softcap):
     num_kv_heads, key_length = key.shape[1:3]
     query = query.view(batch_size, query_length, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     query = query.reshape(batch_size, num_kv_heads, -1, head_dim)  # (B, K, G · T, H)
+    dtype = value.dtype
+    if _is_slow(query) and query.shape[2] > _MAX_FEW_ROWS:
+        query, key, value = query.float(), key.float(), value.float()
     if _has_tiles(query) and query.shape[2] <= _MAX_FEW_ROWS:  # as in `_few_times`
         logits = torch.matmul(key, query.transpose(2, 3)).transpose(2, 3).contiguous().float()
     else:
@@ -434,8 +444,8 @@ def torch_attention(query, key, value, mask, logit_softcap):
     if mask is not None:
         logits = logits.masked_fill_(~mask[:, None, None], MASKED_LOGIT)
     probs = torch.softmax(logits, dim=-1).to(value.dtype).flatten(2, 3)
-    output = torch.matmul(probs, value).view(batch_size, num_heads, query_length, head_dim)
-    return output.transpose(1, 2)
+    output = torch.matmul(probs, value).to(dtype)
+    return output.view(batch_size, num_heads, query_length, head_dim).transpose(1, 2)
 
 
 def attention_logits(query, key):
@@ -707,6 +717,8 @@ def _logits(x, matrix):
     rows, columns = x.reshape(-1, x.shape[-1]), matrix.t()
     if x.device.type == "cuda":
         logits = torch.mm(rows, columns, out_dtype=torch.float32)
+    elif _is_in_float32(rows):
+        logits = _times_in_float32(rows, columns)
     elif len(rows) <= _MAX_FEW_ROWS:
         return refined(_few_times(x, columns), x, lambda places: matrix[places].float())
     else:
@@ -718,7 +730,7 @@ def _logits(x, matrix):
 
 
 def matmul(x, kernel):
-    """`ops.matmul(x, kernel)`, faster for few rows on torch and a CPU.
+    """`ops.matmul(x, kernel)`, faster on torch and a CPU for few rows, or in a slow dtype.
 
     Args:
         x: float (..., in).
@@ -732,17 +744,44 @@ def matmul(x, kernel):
     is_variable = isinstance(kernel, keras.Variable)
     matrix = kernel.value if is_variable else kernel
     x = x.to(matrix.dtype)
-    max_rows = _MAX_FEW_ROWS if _has_tiles(x) else 1
-    if x.device.type != "cpu" or x.dtype == torch.float32 or x.numel() > max_rows * x.shape[-1]:
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return torch.matmul(x, matrix)
+    rows = x.reshape(-1, x.shape[-1])
+    is_in_float32 = _is_in_float32(rows)
+    if not is_in_float32 and len(rows) > (_MAX_FEW_ROWS if _has_tiles(x) else 1):
         return torch.matmul(x, matrix)
     if is_variable:
         _lay_out(kernel)
+    if is_in_float32:
+        return _times_in_float32(rows, matrix).to(x.dtype).view(*x.shape[:-1], -1)
     return _few_times(x, matrix)
 
 
 def _has_tiles(x):
     """Whether `x` is on a CPU that multiplies tiles of its dtype."""
     return _HAS_AMX and x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _is_slow(x):
+    """Whether `x` is on a CPU that multiplies its dtype many times slower than float32."""
+    return x.device.type == "cpu" and x.dtype not in _CPU_DTYPES
+
+
+def _is_in_float32(rows):
+    # For fewer rows the casts would take longer than they save.
+    return _is_slow(rows) and len(rows) > 3 and not torch.compiler.is_compiling()
+
+
+def _times_in_float32(rows, columns):
+    """float32 `rows @ columns`, each column's weights beside each other, cast part by part."""
+    outputs = torch.empty(len(rows), columns.shape[1])
+    length = max(1, 2**20 // len(columns))  # of weights that fit in a cache
+    weights, inputs = columns.new_empty(length, len(columns), dtype=torch.float32), rows.t().float()
+    for start in range(0, columns.shape[1], length):
+        part = columns.t()[start : start + length]
+        output = torch.matmul(weights[: len(part)].copy_(part), inputs)
+        outputs[:, start : start + length] = output.t()
+    return outputs
 
 
 def _few_times(x, columns):

@@ -435,7 +435,7 @@ def _times(x, scale, dtype):
 
 
 def _matmul_transposed(x, matrix):
-    return ops.matmul(x, ops.transpose(matrix))
+    return _backend.matmul(x, ops.transpose(matrix))
 
 
 def _encode_int8(values, _):

@@ -175,11 +175,20 @@ def test_logits_of_a_few_rows(run_in_program, num_rows):
     np.testing.assert_allclose(logits, x @ matrix.T, atol=1e-4)
 
 
-@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.fixture(params=["avx2", "avx512_bf16", "amx"])
+def cpu(request, monkeypatch):
+    """The ways of torch to multiply in bfloat16 on each kind of CPU; all of them run on any."""
+    if _backend.BACKEND == "torch":
+        dtypes = ["float32"] if request.param == "avx2" else ["float32", "bfloat16"]
+        dtypes = {ops.zeros((), dtype).dtype for dtype in dtypes}
+        monkeypatch.setattr(_backend, "_CPU_DTYPES", dtypes)
+        monkeypatch.setattr(_backend, "_HAS_AMX", request.param == "amx")
+    return request.param
+
+
 @pytest.mark.parametrize("num_rows", [1, 3, 9])
-def test_few_rows(monkeypatch, num_rows, has_amx):
+def test_few_rows(cpu, num_rows):
     """Their product is the same, and the kernel, which may change its layout, trains on."""
-    monkeypatch.setattr(_backend, "_HAS_AMX", has_amx, raising=False)
     layer = Linear(48, use_bias=False, dtype="bfloat16")
     layer.build((None, 64))
     before = ops.convert_to_numpy(ops.cast(layer.kernel, "float32"))
@@ -197,22 +206,43 @@ def test_few_rows(monkeypatch, num_rows, has_amx):
 
 
 @pytest.mark.skipif(_backend.BACKEND != "torch", reason="a function of torch")
-@pytest.mark.parametrize("has_amx", [False, True])
-def test_attention_of_a_token(monkeypatch, has_amx):
-    monkeypatch.setattr(_backend, "_HAS_AMX", has_amx)
+@pytest.mark.parametrize("length", [1, 10])
+def test_attention_of_torch(cpu, length):
     rng = np.random.default_rng(0)
-    shapes = (2, 1, 4, 16), (2, 2, 10, 16), (2, 2, 10, 16)  # two queries share a key
+    shapes = (2, length, 4, 16), (2, 2, 10, 16), (2, 2, 10, 16)  # two queries share a key
     query, key, value = (ops.cast(rng.normal(size=shape), "bfloat16") for shape in shapes)
-    mask = np.arange(10) < np.array([[[10]], [[7]]])
+    mask = np.broadcast_to(np.arange(10) < np.array([[[10]], [[7]]]), (2, length, 10))
     output = _program(
         _backend.torch_attention, query, key, value, ops.convert_to_tensor(mask), None
     )
     query, key, value = (x.float().numpy() for x in (query, key, value))
-    logits = np.einsum("bkgh,bksh->bkgs", query.reshape(2, 2, 2, 16), key)
-    probs = np.exp(np.where(mask[:, None], logits, -np.inf))
+    logits = np.einsum("btkgh,bksh->bkgts", query.reshape(2, length, 2, 2, 16), key)
+    probs = np.exp(np.where(mask[:, None, None], logits, -np.inf))
     probs /= probs.sum(axis=-1, keepdims=True)
-    expected = np.einsum("bkgs,bksh->bkgh", probs, value).reshape(2, 1, 4, 16)
+    expected = np.einsum("bkgts,bksh->btkgh", probs, value).reshape(2, length, 4, 16)
+    assert ops.dtype(output) == "bfloat16"
     np.testing.assert_allclose(output.float().numpy(), expected, atol=0.05)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a way of torch")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_product_in_float32(monkeypatch, dtype):
+    """A CPU without products of a dtype casts weights in parts; the result is rounded once."""
+    float32 = ops.zeros(()).dtype
+    monkeypatch.setattr(_backend, "_CPU_DTYPES", {float32})
+    rng = np.random.default_rng(0)
+    x, matrix = ops.cast(rng.normal(size=(2, 5, 2048)), dtype), rng.normal(size=(2048, 1030))
+    matrix = ops.cast(matrix, dtype)  # in three parts
+    expected = x.double() @ matrix.double()
+    product = _program(_backend.matmul, x, matrix)
+    assert product.dtype == x.dtype
+    np.testing.assert_array_less(
+        (product.double() - expected).abs().numpy(),
+        expected.abs().numpy() * 2**-8 + 1e-3,
+    )
+    logits = _program(_backend.matmul_transposed_float32, x, matrix.t())
+    assert logits.dtype == float32
+    np.testing.assert_allclose(logits.numpy(), expected.numpy(), atol=1e-3)
 
 
 def _program(function, *args):
