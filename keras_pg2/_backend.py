@@ -741,6 +741,10 @@ def matmul(x, kernel):
     """
     if BACKEND != "torch" or torch.is_grad_enabled():
         return ops.matmul(ops.cast(x, kernel.dtype), kernel)
+    return _torch_matmul(x, kernel)
+
+
+def _torch_matmul(x, kernel):
     is_variable = isinstance(kernel, keras.Variable)
     matrix = kernel.value if is_variable else kernel
     x = x.to(matrix.dtype)
