@@ -661,7 +661,7 @@ def take_rows(x, places):
 
 
 def einsum_float32(equation, x, y):
-    """`ops.einsum` with a float32 result; jax, and tensorflow in float16, do not round before.
+    """`ops.einsum` with a float32 result, which jax does not round before.
 
     Args:
         equation: str.
@@ -672,7 +672,8 @@ def einsum_float32(equation, x, y):
     """
     if BACKEND == "jax":
         return jnp.einsum(equation, x, y, preferred_element_type="float32")
-    if BACKEND == "tensorflow" and ops.dtype(x) == "float16":  # it adds up in float16 on a CPU
+    adds_up_in_float16 = BACKEND == "tensorflow" and ops.dtype(x) == "float16"  # on a CPU
+    if adds_up_in_float16 or (BACKEND == "torch" and _is_slow(x)):
         return ops.einsum(equation, ops.cast(x, "float32"), ops.cast(y, "float32"))
     return ops.cast(ops.einsum(equation, x, y), "float32")
 
@@ -739,7 +740,7 @@ def matmul(x, kernel):
     Returns:
         float (..., out) in the dtype of `kernel`.
     """
-    if BACKEND != "torch" or torch.is_grad_enabled():
+    if BACKEND != "torch":
         return ops.matmul(ops.cast(x, kernel.dtype), kernel)
     return _torch_matmul(x, kernel)
 
@@ -748,17 +749,18 @@ def _torch_matmul(x, kernel):
     is_variable = isinstance(kernel, keras.Variable)
     matrix = kernel.value if is_variable else kernel
     x = x.to(matrix.dtype)
+    if torch.is_grad_enabled():
+        is_slow = _is_slow(x) and not torch.compiler.is_compiling()
+        return _product_for_training(x, matrix) if is_slow else torch.matmul(x, matrix)
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return torch.matmul(x, matrix)
     rows = x.reshape(-1, x.shape[-1])
-    is_in_float32 = _is_in_float32(rows)
-    if not is_in_float32 and len(rows) > (_MAX_FEW_ROWS if _has_tiles(x) else 1):
-        return torch.matmul(x, matrix)
-    if is_variable:
+    is_few = len(rows) <= (_MAX_FEW_ROWS if _has_tiles(x) or _is_slow(x) else 1)
+    if is_few and is_variable:
         _lay_out(kernel)
-    if is_in_float32:
+    if _is_in_float32(rows):
         return _times_in_float32(rows, matrix).to(x.dtype).view(*x.shape[:-1], -1)
-    return _few_times(x, matrix)
+    return _few_times(x, matrix) if is_few else torch.matmul(x, matrix)
 
 
 def _has_tiles(x):
@@ -777,15 +779,35 @@ def _is_in_float32(rows):
 
 
 def _times_in_float32(rows, columns):
-    """float32 `rows @ columns`, each column's weights beside each other, cast part by part."""
-    outputs = torch.empty(len(rows), columns.shape[1])
+    """float32 `rows @ columns`, cast part by part."""
+    inputs, outputs = rows.float(), torch.empty(len(rows), columns.shape[1])
     length = max(1, 2**20 // len(columns))  # of weights that fit in a cache
-    weights, inputs = columns.new_empty(length, len(columns), dtype=torch.float32), rows.t().float()
+    weights = torch.empty(length, len(columns))
     for start in range(0, columns.shape[1], length):
-        part = columns.t()[start : start + length]
-        output = torch.matmul(weights[: len(part)].copy_(part), inputs)
-        outputs[:, start : start + length] = output.t()
+        part, output = columns[:, start : start + length], outputs[:, start : start + length]
+        if part.stride(0) == 1:  # laid out; so it is twice as fast for few rows
+            part = weights[: part.shape[1]].copy_(part.t())
+            output.copy_(torch.matmul(part, inputs.t()).t())
+        else:
+            output.copy_(torch.matmul(inputs, part.float()))
     return outputs
+
+
+@ops.custom_gradient
+def _product_for_training(x, matrix):
+    """`x @ matrix` by float32 products; what is kept for the gradient is not in float32."""
+    rows = x.reshape(-1, x.shape[-1])
+
+    def product(rows, matrix, shape):
+        return _times_in_float32(rows, matrix).to(x.dtype).view(shape)
+
+    def gradient(*args, upstream=None):
+        upstream = (args[0] if upstream is None else upstream).reshape(len(rows), -1)
+        of_x = product(upstream, matrix.t(), x.shape)
+        of_matrix = rows.t().float() @ upstream.float() if matrix.requires_grad else None
+        return of_x, of_matrix if of_matrix is None else of_matrix.to(matrix.dtype)
+
+    return product(rows, matrix, (*x.shape[:-1], -1)), gradient
 
 
 def _few_times(x, columns):

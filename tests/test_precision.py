@@ -201,8 +201,17 @@ def test_few_rows(cpu, num_rows):
     doubled = ops.convert_to_numpy(ops.cast(layer(x), "float32"))
     np.testing.assert_allclose(doubled, expected * 2, atol=0.06)
     if _backend.BACKEND == "torch":
+        x.requires_grad = True
         layer(x).float().sum().backward()
-        assert layer.kernel.value.grad.shape == (64, 48)
+        gradient = x.detach().float().sum(dim=(0, 1))[:, None].expand(64, 48)
+        np.testing.assert_allclose(layer.kernel.value.grad.float(), gradient, rtol=0.01)
+        gradient = layer.kernel.value.detach().float().sum(dim=1).expand(x.shape)
+        np.testing.assert_allclose(x.grad.float(), gradient, rtol=0.01)
+        for variable in layer.trainable_variables:
+            variable.trainable = False
+        layer.kernel.value.grad = None
+        layer(x).float().sum().backward()
+        assert layer.kernel.value.grad is None
 
 
 @pytest.mark.skipif(_backend.BACKEND != "torch", reason="a function of torch")
