@@ -660,6 +660,13 @@ def take_rows(x, places):
     return ops.take_along_axis(x, places[:, :, None], axis=1)
 
 
+def einsum(equation, x, y):
+    """`ops.einsum` of float tensors of one dtype; on a CPU torch may use a faster one inside."""
+    if BACKEND == "torch" and _is_slow(x):
+        return einsum_float32(equation, x, y).to(x.dtype)
+    return ops.einsum(equation, x, y)
+
+
 def einsum_float32(equation, x, y):
     """`ops.einsum` with a float32 result, which jax does not round before.
 
@@ -779,17 +786,18 @@ def _is_in_float32(rows):
 
 
 def _times_in_float32(rows, columns):
-    """float32 `rows @ columns`, cast part by part."""
-    inputs, outputs = rows.float(), torch.empty(len(rows), columns.shape[1])
-    length = max(1, 2**20 // len(columns))  # of weights that fit in a cache
-    weights = torch.empty(length, len(columns))
-    for start in range(0, columns.shape[1], length):
-        part, output = columns[:, start : start + length], outputs[:, start : start + length]
-        if part.stride(0) == 1:  # laid out; so it is twice as fast for few rows
-            part = weights[: part.shape[1]].copy_(part.t())
-            output.copy_(torch.matmul(part, inputs.t()).t())
+    """float32 `rows @ columns`, of weights cast part by part, so that they stay in a cache."""
+    inputs, outputs = rows.float(), torch.zeros(len(rows), columns.shape[1])
+    is_laid_out = columns.stride(0) == 1
+    matrix = columns.t() if is_laid_out else columns
+    weights = torch.empty(max(1, 2**20 // matrix.shape[1]), matrix.shape[1])
+    for start in range(0, len(matrix), len(weights)):
+        part = slice(start, start + len(weights))
+        cast = weights[: len(matrix[part])].copy_(matrix[part])
+        if is_laid_out:  # on the left they are twice as fast for few rows
+            outputs[:, part] = torch.matmul(cast, inputs.t()).t()
         else:
-            output.copy_(torch.matmul(inputs, part.float()))
+            outputs.addmm_(inputs[:, part], cast)
     return outputs
 
 

@@ -92,7 +92,7 @@ def token_losses(
             gradient = gradient * slope
         # Weights come last: times 1 / 1,000 the gradients would underflow in float16.
         gradient = ops.cast(gradient, dtype)
-        hidden_gradient = ops.cast(ops.matmul(gradient, embeddings), "float32")
+        hidden_gradient = ops.cast(_backend.matmul(gradient, embeddings), "float32")
         hidden_gradient = hidden_gradient * weights[..., None]
         if train_embeddings:
             largest = ops.maximum(ops.max(weights), 1e-30)
