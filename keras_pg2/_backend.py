@@ -758,7 +758,7 @@ def _torch_matmul(x, kernel):
     x = x.to(matrix.dtype)
     if torch.is_grad_enabled():
         is_slow = _is_slow(x) and not torch.compiler.is_compiling()
-        return _product_for_training(x, matrix) if is_slow else torch.matmul(x, matrix)
+        return _product_for_training(x, matrix) if is_slow else ops.matmul(x, matrix)
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return torch.matmul(x, matrix)
     rows = x.reshape(-1, x.shape[-1])
