@@ -1,10 +1,12 @@
 """bfloat16 stays near float32; float16 does not overflow where a naive forward pass does."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_pg2 import PaliGemma2, _backend
+from keras_pg2.attention import attention
 from keras_pg2.linear import Linear
 
 # Root mean square of the error of the logits, relative to that of the logits. The tiny weights are
@@ -231,6 +233,25 @@ def test_attention_of_torch(cpu, length):
     expected = np.einsum("bkgts,bksh->btkgh", probs, value).reshape(2, length, 4, 16)
     assert ops.dtype(output) == "bfloat16"
     np.testing.assert_allclose(output.float().numpy(), expected, atol=0.05)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a way of torch")
+def test_attention_in_training(cpu):
+    """Outputs and gradients in bfloat16 are those in float32, but for rounding."""
+    rng = np.random.default_rng(0)
+    shapes = (2, 6, 4, 16), (2, 2, 6, 16), (2, 2, 6, 16)
+    arrays = [rng.normal(scale=0.5, size=shape) for shape in shapes]
+
+    def gradients(dtype):
+        variables = [keras.Variable(array, dtype=dtype) for array in arrays]
+        output = attention(*(variable.value for variable in variables))
+        output.float().square().sum().backward()
+        return [output.detach(), *(variable.value.grad for variable in variables)]
+
+    for low, exact in zip(gradients("bfloat16"), gradients("float32")):
+        assert ops.dtype(low) == "bfloat16"
+        low, exact = (ops.convert_to_numpy(ops.cast(x, "float32")) for x in (low, exact))
+        np.testing.assert_allclose(low, exact, atol=0.02 * np.abs(exact).max())
 
 
 @pytest.mark.skipif(_backend.BACKEND != "torch", reason="a way of torch")
