@@ -42,8 +42,8 @@ elif BACKEND == "torch":
     import torch
 
     _HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    # Dtypes that a CPU, by oneDNN, multiplies as fast as float32. Without AVX-512 there are none.
-    _CPU_DTYPES = {torch.float32}
+    # Dtypes that torch multiplies fast on this CPU. Without AVX-512 those of 16 bits are not.
+    _CPU_DTYPES = {torch.float32, torch.float64}
     if torch.backends.mkldnn.is_available():
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             _CPU_DTYPES.add(torch.bfloat16)
@@ -787,10 +787,11 @@ def _is_in_float32(rows):
 
 def _times_in_float32(rows, columns):
     """float32 `rows @ columns`, of weights cast part by part, so that they stay in a cache."""
-    inputs, outputs = rows.float(), torch.zeros(len(rows), columns.shape[1])
+    inputs = rows.float()
+    outputs = inputs.new_zeros(len(rows), columns.shape[1])
     is_laid_out = columns.stride(0) == 1
     matrix = columns.t() if is_laid_out else columns
-    weights = torch.empty(max(1, 2**20 // matrix.shape[1]), matrix.shape[1])
+    weights = inputs.new_empty(max(1, 2**20 // matrix.shape[1]), matrix.shape[1])
     for start in range(0, len(matrix), len(weights)):
         part = slice(start, start + len(weights))
         cast = weights[: len(matrix[part])].copy_(matrix[part])
