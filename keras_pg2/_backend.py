@@ -99,7 +99,8 @@ class Programs:
                 not update the variables of the model.
             sampler: keras_hub sampler or None, whose variables the function may update. Only
                 the programs of the last one are kept.
-            donate: bool, whether the memory of the first argument may be reused.
+            donate: bool, whether the memory of the first argument may be reused, a dict of the
+                structure and shapes of the output. It must not be used again.
             in_parts: bool, whether tensorflow on a CPU compiles each kind of `part` but not the
                 whole. That takes less time and memory; calls take a little longer.
 
@@ -216,16 +217,46 @@ def _compile_jax(model, function, updated, donate, in_parts):
 
 
 def _compile_tensorflow(model, function, updated, donate, in_parts):
-    compiled = tf.function(function, jit_compile=not in_parts, autograph=False)
+    donate = donate and not in_parts
+    compiled = tf.function(
+        _updating(function) if donate else function, jit_compile=not in_parts, autograph=False
+    )
     by_signature = {}  # kept here, since tf.function warns of many shapes
 
     def run(*args):
+        if donate:
+            args = (_moved_to_variables(args[0]), *args[1:])
         signature = tuple((x.shape, x.dtype) for x in keras.tree.flatten(args))
         if signature not in by_signature:
-            by_signature[signature] = compiled.get_concrete_function(*args)
-        return by_signature[signature](*args)
+            # Of what it is given it keeps the variables.
+            specs = keras.tree.map_structure(tf.type_spec_from_value, args)
+            by_signature[signature] = compiled.get_concrete_function(*specs)
+        outputs = by_signature[signature](*args)
+        return args[0] if donate else outputs
 
     return run
+
+
+def _updating(function):
+    """`function`, but it writes its outputs into its first argument, a structure of variables.
+
+    Of variables alone XLA reuses the memory, where nothing else refers to it.
+    """
+
+    def update(state, *args):
+        outputs = function(keras.tree.map_structure(lambda x: x.read_value(), state), *args)
+        keras.tree.map_structure(lambda variable, x: variable.assign(x), state, outputs)
+
+    return update
+
+
+def _moved_to_variables(state):
+    """The dict with variables in place of its tensors; it is emptied, so that it holds none."""
+    moved = keras.tree.map_structure(
+        lambda x: x if isinstance(x, tf.Variable) else tf.Variable(x, trainable=False), state
+    )
+    state.clear()
+    return moved
 
 
 def _compile_torch(model, function, updated, donate, in_parts):

@@ -1,5 +1,6 @@
 import functools
 import re
+import types
 
 import keras
 import numpy as np
@@ -676,3 +677,33 @@ def test_a_cache_of_one_row_stays_where_it_is():
     lines = re.search(rf"^%?{re.escape(body)} .*?^}}", program, re.DOTALL | re.MULTILINE)[0]
     assert "4,1024,64]" in lines
     assert not re.findall(r"4,1024,64\]\S* copy\(", lines)
+
+
+def test_donated_memory_is_reused():
+    """A cache stays where it is from call to call: a copy would take as much memory again."""
+
+    def add(state, values):
+        state["cache"] = [_backend.write(x, values, state["index"]) for x in state["cache"]]
+        return state | {"index": state["index"] + values.shape[1]}
+
+    def address(x):
+        if _backend.BACKEND == "torch":
+            return x.data_ptr()
+        x = x.read_value() if hasattr(x, "read_value") else x
+        return np.asarray(memoryview(x)).ctypes.data
+
+    no_model = types.SimpleNamespace(variables=[], jax_state_sync=lambda: None)
+    program = _backend.Programs().get(no_model, "add", add, donate=True)
+    state = {
+        "cache": [ops.zeros((2, 4096)) for _ in range(2)],
+        "index": ops.convert_to_tensor(5, "int32"),
+    }
+    expected = np.zeros((2, 4096), "float32")
+    addresses = [address(x) for x in state["cache"]]
+    for count in range(3):
+        start = 5 + 2 * count
+        expected[:, start : start + 2] = count
+        state = program(state, ops.full((2, 2), count, "float32"))
+        assert [address(x) for x in state["cache"]] == addresses
+        for array in _backend.to_numpy(state["cache"]):
+            np.testing.assert_array_equal(array, expected)
