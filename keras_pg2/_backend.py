@@ -30,6 +30,7 @@ _MAX_FEW_ROWS = 8
 MAX_TOKENS = 2048  # whose activations inside an MLP are in memory at a time
 # Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
 MASKED_LOGIT = -2.3819763e38
+_KEYS_CAST = 512  # keys, and values, that are cast to float32 at a time where that is faster
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
@@ -462,10 +463,13 @@ def torch_attention(query, key, value, mask, logit_softcap):
     num_kv_heads, key_length = key.shape[1:3]
     query = query.view(batch_size, query_length, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     query = query.reshape(batch_size, num_kv_heads, -1, head_dim)  # (B, K, G · T, H)
-    dtype = value.dtype
-    if _is_slow(query) and query.shape[2] > _MAX_FEW_ROWS:
-        query, key, value = query.float(), key.float(), value.float()
-    if _has_tiles(query) and query.shape[2] <= _MAX_FEW_ROWS:  # as in `_few_times`
+    is_slow = _is_slow(query)
+    if is_slow:  # cast part by part, so that they stay in a cache
+        size = _KEYS_CAST if query.shape[2] <= _MAX_FEW_ROWS else key_length
+        query, keys = query.float(), key.split(size, dim=2)
+        parts = [torch.matmul(query, part.float().transpose(2, 3)) for part in keys]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    elif _has_tiles(query) and query.shape[2] <= _MAX_FEW_ROWS:  # as in `_few_times`
         logits = torch.matmul(key, query.transpose(2, 3)).transpose(2, 3).contiguous().float()
     else:
         logits = torch.matmul(query, key.transpose(2, 3)).float()
@@ -474,8 +478,13 @@ def torch_attention(query, key, value, mask, logit_softcap):
     logits = logits.view(batch_size, num_kv_heads, -1, query_length, key_length)
     if mask is not None:
         logits = logits.masked_fill_(~mask[:, None, None], MASKED_LOGIT)
-    probs = torch.softmax(logits, dim=-1).to(value.dtype).flatten(2, 3)
-    output = torch.matmul(probs, value).to(dtype)
+    probs = torch.softmax(logits, dim=-1).flatten(2, 3)
+    if is_slow:
+        parts = zip(probs.split(size, dim=-1), value.split(size, dim=2))
+        products = (torch.matmul(weights, part.float()) for weights, part in parts)
+        output = functools.reduce(torch.add, products).to(value.dtype)
+    else:
+        output = torch.matmul(probs.to(value.dtype), value)
     return output.view(batch_size, num_heads, query_length, head_dim).transpose(1, 2)
 
 
