@@ -5,13 +5,15 @@
 "rows" decodes 8 prompts of 1 to 15 tokens, and one of 8; "cache" reads a cache of 4,608 tokens,
 and one of 320 (384 where lengths are rounded up): 8 blocks of 1,024 and the real vocabulary, in
 turn in one process. "memory" is what answering about a picture of 896 px, 4,096 image tokens, takes
-beyond the 3B weights: resident memory at its highest. Random weights; bfloat16 on torch, float32 on
-jax and tensorflow.
+beyond what a process with the 3B weights holds: resident memory at its highest, in the first call,
+which compiles, and in the next. Random weights; bfloat16 on torch, float32 on jax and tensorflow.
 """
 
 import argparse
+import ctypes
+import functools
+import gc
 import json
-import math
 import os
 import statistics
 import threading
@@ -24,7 +26,7 @@ import peers
 ROWS = {
     "rows": ("tokens/s: 1 row, 8 rows", ([8], 56), (list(range(1, 16, 2)), 56)),
     "cache": ("ms a token: short cache, long cache", ([8], 56), ([4096], 256)),
-    "memory": ("GB: weights, above them", ([8], 2), None),
+    "memory": ("GB above the weights: first call, next call", ([8], 2), None),
 }
 STEPS, COUNT = 4, 12  # tokens that are timed together, and how often
 
@@ -68,8 +70,10 @@ def resident_gb():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def peak_gb(function):
-    """The most memory that the process holds during a call."""
+def gb_above(function):
+    """The most memory that the process holds during a call, above what it holds before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed but kept would be used first
     samples, is_done = [resident_gb()], threading.Event()
 
     def watch():
@@ -81,7 +85,7 @@ def peak_gb(function):
     function()
     is_done.set()
     watcher.join()
-    return max(samples)
+    return max(samples) - samples[0]
 
 
 def measure(what, backend):
@@ -89,11 +93,10 @@ def measure(what, backend):
     dtype = "bfloat16" if backend == "torch" else "float32"
     if what == "memory":
         model = peers.keras_pg2_model("3b", dtype, image_size=896)
-        sizes = [math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.variables]
         lengths, max_new_tokens = first
-        inputs, held = make_inputs(lengths, image_size=896), resident_gb()
-        peak = peak_gb(lambda: model.generate(inputs, max_new_tokens=max_new_tokens))
-        return sum(sizes) / 1e9, peak - held
+        inputs = make_inputs(lengths, image_size=896)
+        answer = functools.partial(model.generate, inputs, max_new_tokens=max_new_tokens)
+        return gb_above(answer), gb_above(answer)
     model = peers.keras_pg2_model("mid", dtype)
     times = decode_seconds(model, (first, second))
     if what == "cache":

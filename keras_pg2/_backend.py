@@ -218,37 +218,31 @@ def _compile_jax(model, function, updated, donate, in_parts):
 
 
 def _compile_tensorflow(model, function, updated, donate, in_parts):
-    donate = donate and not in_parts
-    compiled = tf.function(
-        _updating(function) if donate else function, jit_compile=not in_parts, autograph=False
-    )
+    is_in_place = donate and not in_parts
+    called = functools.partial(_update, function) if is_in_place else function
+    compiled = tf.function(called, jit_compile=not in_parts, autograph=False)
     by_signature = {}  # kept here, since tf.function warns of many shapes
 
     def run(*args):
-        if donate:
-            args = (_moved_to_variables(args[0]), *args[1:])
+        args = (_moved_to_variables(args[0]), *args[1:]) if is_in_place else args
         signature = tuple((x.shape, x.dtype) for x in keras.tree.flatten(args))
-        if signature not in by_signature:
-            # Of what it is given it keeps the variables.
+        if signature not in by_signature:  # made of variables themselves it would keep them
             specs = keras.tree.map_structure(tf.type_spec_from_value, args)
             by_signature[signature] = compiled.get_concrete_function(*specs)
         outputs = by_signature[signature](*args)
-        return args[0] if donate else outputs
+        return args[0] if is_in_place else outputs
 
     return run
 
 
-def _updating(function):
-    """`function`, but it writes its outputs into its first argument, a structure of variables.
+def _update(function, variables, *args):
+    """Writes into variables, a nested structure, what the function makes of their values.
 
-    Of variables alone XLA reuses the memory, where nothing else refers to it.
+    XLA reuses the memory of variables alone, where nothing else refers to it.
     """
-
-    def update(state, *args):
-        outputs = function(keras.tree.map_structure(lambda x: x.read_value(), state), *args)
-        keras.tree.map_structure(lambda variable, x: variable.assign(x), state, outputs)
-
-    return update
+    values = keras.tree.map_structure(lambda variable: variable.read_value(), variables)
+    outputs = function(values, *args)
+    keras.tree.map_structure(lambda variable, x: variable.assign(x), variables, outputs)
 
 
 def _moved_to_variables(state):
