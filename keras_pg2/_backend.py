@@ -230,28 +230,43 @@ def _compile_tensorflow(model, function, updated, donate, in_parts):
             specs = keras.tree.map_structure(tf.type_spec_from_value, args)
             by_signature[signature] = compiled.get_concrete_function(*specs)
         outputs = by_signature[signature](*args)
-        return args[0] if is_in_place else outputs
+        return _with_variables(args[0], outputs) if is_in_place else outputs
 
     return run
 
 
-def _update(function, variables, *args):
-    """Writes into variables, a nested structure, what the function makes of their values.
+def _update(function, state, *args):
+    """Calls a function of a structure of tensors and variables, and writes into the variables.
 
-    XLA reuses the memory of variables alone, where nothing else refers to it.
+    Returns:
+        The structure that the function returns, with None for what is written.
     """
-    values = keras.tree.map_structure(lambda variable: variable.read_value(), variables)
-    outputs = function(values, *args)
-    keras.tree.map_structure(lambda variable, x: variable.assign(x), variables, outputs)
+
+    def write(old, new):
+        if not isinstance(old, tf.Variable):
+            return new
+        old.assign(new)
+
+    read = keras.tree.map_structure(tf.convert_to_tensor, state)
+    return keras.tree.map_structure(write, state, function(read, *args))
 
 
 def _moved_to_variables(state):
-    """The dict with variables in place of its tensors; it is emptied, so that it holds none."""
+    """The dict with variables for tensors of floats, emptied, since XLA reuses their memory alone.
+
+    It does so where nothing else refers to it. On a GPU integers cannot be such variables.
+    """
     moved = keras.tree.map_structure(
-        lambda x: x if isinstance(x, tf.Variable) else tf.Variable(x, trainable=False), state
+        lambda x: x if isinstance(x, tf.Variable) or not x.dtype.is_floating else tf.Variable(x),
+        state,
     )
     state.clear()
     return moved
+
+
+def _with_variables(state, outputs):
+    """What `_update` returned, with the variables of its argument where they were written."""
+    return keras.tree.map_structure(lambda old, new: old if new is None else new, state, outputs)
 
 
 def _compile_torch(model, function, updated, donate, in_parts):
