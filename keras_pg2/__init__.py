@@ -1,6 +1,6 @@
 """PaliGemma 2 for Keras 3: one model for JAX, TensorFlow and PyTorch."""
 
-from keras_pg2 import data, recipes
+from keras_pg2 import data, recipes, tiny
 from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from keras_pg2.distribution import layout_map
 from keras_pg2.drawing import draw
@@ -36,4 +36,5 @@ __all__ = [
     "layout_map",
     "parse_detections",
     "recipes",
+    "tiny",
 ]
