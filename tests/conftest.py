@@ -44,7 +44,9 @@ def data():
 def run_in_program():
     """Gives the compiled form of a function of tensors, as generation uses it."""
     no_model = types.SimpleNamespace(variables=[], jax_state_sync=lambda: None)
-    return lambda function: _backend.Programs().get(no_model, function.__name__, function)
+    return lambda function, **options: _backend.Programs().get(
+        no_model, function.__name__, function, **options
+    )
 
 
 @pytest.fixture(scope="session")

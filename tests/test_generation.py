@@ -1,6 +1,5 @@
 import functools
 import re
-import types
 
 import keras
 import numpy as np
@@ -679,7 +678,7 @@ def test_a_cache_of_one_row_stays_where_it_is():
     assert not re.findall(r"4,1024,64\]\S* copy\(", lines)
 
 
-def test_donated_memory_is_reused():
+def test_donated_memory_is_reused(run_in_program):
     """A cache stays where it is from call to call: a copy would take as much memory again."""
     if _backend.BACKEND == "tensorflow" and not _backend._is_tf_on_cpu():
         pytest.skip("needs a CPU: tensorflow tells no address of a GPU")
@@ -696,8 +695,7 @@ def test_donated_memory_is_reused():
         x = x.read_value() if hasattr(x, "read_value") else x  # a variable
         return np.asarray(memoryview(x)).ctypes.data
 
-    no_model = types.SimpleNamespace(variables=[], jax_state_sync=lambda: None)
-    program = _backend.Programs().get(no_model, "add", add, donate=True)
+    program = run_in_program(add, donate=True)
     state = {
         "cache": [ops.zeros((2, 4096)) for _ in range(2)],
         "index": ops.convert_to_tensor(5, "int32"),
