@@ -34,6 +34,12 @@ from keras_pg2 import _backend
 DATA = pathlib.Path(__file__).parent / "parity" / "data"
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """Layers that a test makes have the same weights in each run."""
+    keras.utils.set_random_seed(0)
+
+
 @pytest.fixture(scope="session")
 def data():
     """Folder of the goldens: inputs and outputs of other libraries on tiny random weights."""
