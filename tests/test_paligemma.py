@@ -173,7 +173,7 @@ def test_any_text_length(model, inputs):
         cut = {name: x if name == "images" else x[:, :length] for name, x in inputs.items()}
         logits = model.predict(cut, verbose=0)
         assert logits.shape == (2, length, 1664)
-    np.testing.assert_allclose(logits[1], expected[1, :7], atol=1e-4)
+    np.testing.assert_allclose(logits[1], expected[1, :7], atol=3e-4)  # added up in another order
 
 
 def test_generate_in_the_middle_of_fit():
