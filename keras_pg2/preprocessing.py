@@ -80,12 +80,14 @@ class Preprocessor:
             size = (self.image_size, self.image_size)
             resized = Image.fromarray(image_pixels(image)).resize(size, Image.Resampling.BICUBIC)
             return np.asarray(resized, "float32") / 127.5 - 1
-        levels = image_levels(image)
-        columns = _resize_rows(levels.reshape(len(levels), -1), self.image_size)
-        planes = _resize_rows(columns.reshape(levels.shape[1], -1), self.image_size)
-        levels = planes.reshape(3, self.image_size, self.image_size).transpose(1, 2, 0)
+        levels = _resize(image_levels(image), self.image_size)
         # big_vision casts back to uint8, which truncates; the tolerance absorbs rounding.
-        return np.clip(np.floor(levels + 1e-3), 0, 255) / np.float32(127.5) - 1
+        levels += 1e-3
+        np.floor(levels, out=levels)
+        np.clip(levels, 0, 255, out=levels)
+        levels /= 127.5
+        levels -= 1
+        return levels
 
     def load_images(self, examples):
         """Pictures of several examples, read in parallel threads.
@@ -303,37 +305,43 @@ def image_size(image):
     raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r}")
 
 
-def _resize_rows(rows, count):
-    """Bilinear with antialiasing along one axis: a triangle over the rows that a new one covers.
+def _resize(levels, size):
+    """Bilinear with antialiasing: a triangle over the levels that a new one covers.
 
     Args:
-        rows: uint8 or float32 (R, X).
-        count: int, the new number of rows.
+        levels: uint8 or float32 (H, W, 3).
+        size: int, the new height and width.
 
     Returns:
-        float32 (X, count), transposed, so that the next axis comes first.
+        float32 (size, size, 3).
     """
-    outputs = np.empty((rows.shape[1], count), "float32")
-    # Products of few new rows with the old ones near them.
-    for start, near, weights in _triangles(len(rows), count):
-        products = weights @ rows[near].astype("float32")
-        outputs[:, start : start + len(weights)] = products.T
-    return outputs
+    height, width, _ = levels.shape
+    rows = levels.reshape(height, -1)
+    low = np.empty((size, rows.shape[1]), "float32")
+    # Products of few new rows, or columns, with the old ones near them.
+    for new, near, weights in _triangles(height, size, 1):
+        np.matmul(weights, rows[near].astype("float32"), out=low[new])
+    resized = np.empty((size, size * 3), "float32")
+    for new, near, weights in _triangles(width, size, 3):
+        resized[:, new] = low[:, near] @ weights.T
+    return resized.reshape(size, size, 3)
 
 
-@functools.lru_cache(maxsize=32)
-def _triangles(length, count):
-    """For eight new rows at a time: the first, a slice of old ones, and their weights float32."""
+@functools.lru_cache(maxsize=64)
+def _triangles(length, count, num_channels):
+    """For eight new pixels at a time: slices of new and old levels, and weights float32."""
     step = length / count
     reach = max(step, 1)
     parts = []
     for start in range(0, count, 8):
         centers = (np.arange(start, min(start + 8, count)) + 0.5) * step
-        near = slice(max(int(centers[0] - reach), 0), min(math.ceil(centers[-1] + reach), length))
-        distances = centers[:, None] - (np.arange(near.start, near.stop) + 0.5)
+        first, end = max(int(centers[0] - reach), 0), min(math.ceil(centers[-1] + reach), length)
+        distances = centers[:, None] - (np.arange(first, end) + 0.5)
         weights = np.maximum(1 - np.abs(distances) / reach, 0)
         weights /= weights.sum(axis=1, keepdims=True)
-        parts.append((start, near, weights.astype("float32")))
+        new = slice(start * num_channels, (start + len(weights)) * num_channels)
+        near = slice(first * num_channels, end * num_channels)
+        parts.append((new, near, np.kron(weights, np.eye(num_channels)).astype("float32")))
     return parts
 
 
