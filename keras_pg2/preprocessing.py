@@ -79,13 +79,13 @@ class Preprocessor:
         if self.interpolation == "bicubic":
             size = (self.image_size, self.image_size)
             resized = Image.fromarray(image_pixels(image)).resize(size, Image.Resampling.BICUBIC)
-            return np.asarray(resized, "float32") / 127.5 - 1
-        levels = _resize(image_levels(image), self.image_size)
-        # big_vision casts back to uint8, which truncates; the tolerance absorbs rounding.
-        levels += 1e-3
-        np.floor(levels, out=levels)
-        np.clip(levels, 0, 255, out=levels)
-        levels /= 127.5
+            levels = np.array(resized, "float32")
+        else:
+            levels = _resize(image_levels(image), self.image_size)
+            # big_vision casts back to uint8, which truncates; the tolerance absorbs rounding.
+            levels += 1e-3
+            np.floor(levels, out=levels)
+        levels /= 127.5  # in place, since new pages of memory take longer than the arithmetic
         levels -= 1
         return levels
 
@@ -329,7 +329,15 @@ def _resize(levels, size):
 
 @functools.lru_cache(maxsize=64)
 def _triangles(length, count, num_channels):
-    """For eight new pixels at a time: slices of new and old levels, and weights float32."""
+    """The weights of old pixels along an axis in eight new ones at a time, for all of them.
+
+    Args:
+        length, count: int, old and new number of pixels.
+        num_channels: int, of a pixel, side by side along the axis; 1 if it holds whole rows.
+
+    Returns:
+        list of slices of the new and of the old levels, and of the weights, float32 (new, old).
+    """
     step = length / count
     reach = max(step, 1)
     parts = []
