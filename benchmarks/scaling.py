@@ -70,11 +70,16 @@ def resident_gb():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def gb_above(function):
-    """The most memory that the process holds during a call, above what it holds before."""
+def trim():
+    """Gives back what is freed but kept, which would be used first."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is freed but kept would be used first
-    samples, is_done = [resident_gb()], threading.Event()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def most_gb(function):
+    """The most memory that the process holds during a call."""
+    trim()
+    samples, is_done = [], threading.Event()
 
     def watch():
         while not is_done.wait(0.01):
@@ -85,7 +90,7 @@ def gb_above(function):
     function()
     is_done.set()
     watcher.join()
-    return max(samples) - samples[0]
+    return max(samples)
 
 
 def measure(what, backend):
@@ -93,10 +98,14 @@ def measure(what, backend):
     dtype = "bfloat16" if backend == "torch" else "float32"
     if what == "memory":
         model = peers.keras_pg2_model("3b", dtype, image_size=896)
+        for variable in model.variables:
+            variable.numpy()  # jax may still be making the weights
         lengths, max_new_tokens = first
         inputs = make_inputs(lengths, image_size=896)
         answer = functools.partial(model.generate, inputs, max_new_tokens=max_new_tokens)
-        return gb_above(answer), gb_above(answer)
+        trim()
+        weights = resident_gb()
+        return most_gb(answer) - weights, most_gb(answer) - weights
     model = peers.keras_pg2_model("mid", dtype)
     times = decode_seconds(model, (first, second))
     if what == "cache":

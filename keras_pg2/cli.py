@@ -293,7 +293,8 @@ def _info(options):
     stored = {}
     if options.checkpoint in VARIANTS:
         kind = "architecture"
-        config = PaliGemmaConfig.from_variant(options.checkpoint, options.image_size or 224)
+        size = 224 if options.image_size is None else options.image_size
+        config = PaliGemmaConfig.from_variant(options.checkpoint, size)
     else:
         checkpoint = presets.find_checkpoint(options.checkpoint)
         kind, config = f"{checkpoint.format} checkpoint", checkpoint.config

@@ -17,6 +17,7 @@ import math
 import operator
 import os
 import random
+import sys
 
 import numpy as np
 import tqdm
@@ -448,14 +449,19 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                     if with_masks:
                         _check_segmentation(segmentation, height, width)
                     box = _box(annotation, height, width)
-                    if box is None:
+                    if box is None or not _has_area(box, height, width):
                         num_empty += 1
                         continue
                     objects.append(_Object(*categories[category], box, segmentation))
         if objects:
             yield _Scene(image["id"], path, height, width, objects)
     if num_empty:
-        _logger.info("%s: left out %d boxes without a width or a height.", source, num_empty)
+        _logger.info(
+            "%s: left out %d boxes without a width or a height in location tokens, of which there "
+            "are 1,024 a side.",
+            source,
+            num_empty,
+        )
 
 
 def _read_coco(source, image_folder, checks):
@@ -503,6 +509,12 @@ def _prompted(scene, prompt, seed):
 def _check_prompt(prompt, choices):
     if prompt not in choices:
         raise ValueError(f"`prompt` must be one of {choices}. Received: prompt={prompt!r}")
+
+
+def _has_area(box, height, width):
+    """Whether a box still has a width and a height in location tokens."""
+    y1, x1, y2, x2 = location_tokens(box, height, width).replace("><", "> <").split()
+    return y1 < y2 and x1 < x2
 
 
 def _box(annotation, height, width):
@@ -700,7 +712,8 @@ def vqa(
             _table(_load_json(annotations), ("annotations", "data"), annotations)
         ):
             with checks.row(f"{annotations}: annotation of question {_id(row, position)}"):
-                answers[_field(row, "question_id", (int, str))] = _answers(row)
+                question_id = _field(row, "question_id", (int, str))
+                answers[question_id] = _answers(row)
     paths, rows = {}, []
     for position, row in enumerate(tqdm.tqdm(questions, disable=len(questions) < _MANY_ROWS)):
         id = _id(row, position)
@@ -708,7 +721,7 @@ def vqa(
             question = _field(row, "question", str).strip()
             if annotations is None:
                 choices = _answers(row)
-            elif id in answers:
+            elif isinstance(id, (int, str)) and id in answers:
                 choices = answers[id]
             else:
                 raise ValueError(f"It has no answer in {annotations}.")
@@ -727,7 +740,7 @@ def vqa(
 
 
 def _answers(row):
-    """The answers of a row of any of the formats, at least one."""
+    """The answers of a row, which is an object, of any of the formats, at least one."""
     answers = [row["answer"]] if "answer" in row else _field(row, "answers", list)
     answers = [item.get("answer") if isinstance(item, dict) else item for item in answers]
     if not answers or not all(isinstance(item, str) or _is_number(item) for item in answers):
@@ -745,7 +758,7 @@ def _named(image_name, row):
         )
     try:
         return image_name.format_map(row)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"The name {image_name!r} cannot be made from the fields {sorted(row)}: {error}."
         ) from error
@@ -891,4 +904,6 @@ def _id(row, position):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # neither NaN nor an integer beyond floats

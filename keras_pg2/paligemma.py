@@ -186,18 +186,8 @@ class PaliGemma2(keras.Model):
             model.use_codec(checkpoint.codec)
         return model
 
-    def assign_weights(self, weights):
-        """Gives every variable its value, one tensor in memory at a time.
-
-        Args:
-            weights: dict of path to `checkpoints.io.LazyTensor`, in our layout.
-
-        Raises:
-            ValueError: if paths or shapes differ; nothing is changed then.
-        """
-        self._assign(weights)
-
-    def _assign(self, weights, reading=None):
+    def _assign(self, weights, reading):
+        # Nothing is changed if paths or shapes differ.
         variables = {k: v for k, v in self.variables_by_path().items() if not _is_seed(k)}
         shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
         layers = self._quantized_layers()
@@ -270,6 +260,9 @@ class PaliGemma2(keras.Model):
     def save_hf(self, folder, *, dtype=None, overwrite=False):
         """Writes a folder that transformers' `from_pretrained` loads, with processor files.
 
+        `from_preset` reads no `sequence_length` and no interpolation from such a folder: a model
+        to train on is better kept by `save_to_preset`.
+
         Args:
             folder: path.
             dtype: "float32", "bfloat16", "float16", or None for that of the variables.
@@ -284,7 +277,8 @@ class PaliGemma2(keras.Model):
     def save_keras_hub(self, folder, *, dtype=None, overwrite=False):
         """Writes a folder that `keras_hub.models.PaliGemmaCausalLM.from_preset` loads.
 
-        keras_hub 0.32 ignores its own 28B query scale; see README.
+        keras_hub 0.32 ignores its own 28B query scale; see README. `from_preset` reads no
+        `sequence_length` and no interpolation from it.
 
         Args: those of `save_hf`.
         """

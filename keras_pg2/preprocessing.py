@@ -4,13 +4,30 @@ import concurrent.futures
 import functools
 import math
 import os
+import struct
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from keras_pg2.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 _INTERPOLATIONS = ("bicubic", "bilinear")
+# What Pillow raises for damaged files.
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, TypeError),
+    *(LookupError, EOFError, OverflowError, struct.error),
+)
+# What turns a picture of each orientation upright. Pillow's own function also writes the other
+# tags anew, and fails if one of them is odd.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _IMAGE_TYPES = "a path, a PIL image, or an array: uint8 in [0, 255] or float in [0, 1]"
 
 
@@ -295,9 +312,8 @@ def image_size(image):
             return image_size(opened)
     if isinstance(image, Image.Image):
         if image.format == "TIFF":  # before its pixels are read, Pillow may have turned its size
-            return ImageOps.exif_transpose(image).size
-        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return image.size[::-1] if is_turned else image.size
+            image.load()
+        return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
     if _is_array(image):
         return image.shape[1], image.shape[0]
     if hasattr(image, "width") and hasattr(image, "height"):
@@ -403,8 +419,12 @@ def _opened(path):
         raise FileNotFoundError(f"No such image file: {path!r}")
     try:
         return Image.open(path)
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"The file {path!r} is no image that Pillow can read.") from error
+    except PermissionError:
+        raise
+    except _DAMAGE as error:
+        raise ValueError(
+            f"The file {path!r} is no image that Pillow can read, or is damaged."
+        ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"The image {path!r} is too large to be safe: {error} Make it smaller first, or, "
@@ -412,16 +432,22 @@ def _opened(path):
         ) from error
 
 
+def _orientation(image):
+    return image.getexif().get(ExifTags.Base.Orientation)
+
+
 def _pil_levels(image, name):
     if 0 in image.size:
         raise ValueError(f"An image must have at least one pixel. Received: {name}, {image.size}")
     try:
         image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it copies in any case
-            image = ImageOps.exif_transpose(image)
+        orientation = _orientation(image)
+        if orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
         if image.mode.startswith("I"):
             grey = np.asarray(image).astype("float32")
-            image = Image.fromarray(grey / 257 if grey.max() > 255 else grey)  # 16 or 8 bits
+            has_16_bits = image.mode != "I" or grey.max() > 255
+            image = Image.fromarray(grey / 257 if has_16_bits else grey)
         image = image if image.mode == "RGB" else image.convert("RGB")
         # In strips that fit in a cache: as a whole Pillow copies it three times.
         levels = np.empty((image.height, image.width, 3), "uint8")
@@ -429,7 +455,7 @@ def _pil_levels(image, name):
             bottom = min(top + 128, image.height)
             levels[top:bottom] = image.crop((0, top, image.width, bottom))
         return levels
-    except (OSError, SyntaxError, ValueError) as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"The image {name} is damaged or of an unknown kind: {error}. Can another program "
             "open it? Save it again as PNG or JPEG."

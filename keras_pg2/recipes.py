@@ -111,12 +111,12 @@ class Recipe:
             epochs: float or None for the recipe's.
             accumulate: int, batches of `fit` that make one step: `fit` gets
                 `batch_size // accumulate` examples at a time.
-            model: PaliGemma2, with LoRA if it is to have it. Needed where weights decay: which
-                ones follows from their paths. Keras does not save that with the optimizer: when
-                training goes on another day, make the optimizer anew.
+            model: PaliGemma2, with LoRA if it is to have it, and frozen where it is to be. Needed
+                where weights decay: which ones follows from their paths. Keras does not save that
+                with the optimizer: when training goes on another day, make the optimizer anew.
 
         Returns:
-            keras.optimizers.Adam or keras.optimizers.AdamW.
+            keras.optimizers.AdamW, or keras.optimizers.Adam if no trainable weight decays.
 
         Raises:
             ValueError: as `schedule`, or if weights decay and `model` is missing.
@@ -141,11 +141,14 @@ class Recipe:
                 "tower and the projector alone. Pass `model=model`, or do without, by "
                 "`dataclasses.replace(recipe, weight_decay=0.0)`."
             )
+        variables = model.variables_by_path()
+        if not any(v.trainable and _DECAYED.match(path) for path, v in variables.items()):
+            return keras.optimizers.Adam(**options)  # with nothing to decay, AdamW fails on torch
         # Keras multiplies the decay by the learning rate, big_vision by the schedule alone.
         decay = self.weight_decay / self.learning_rate
         optimizer = keras.optimizers.AdamW(weight_decay=decay, **options)
         optimizer.exclude_from_weight_decay(
-            [v for path, v in model.variables_by_path().items() if not _DECAYED.match(path)]
+            [v for path, v in variables.items() if not _DECAYED.match(path)]
         )
         return optimizer
 

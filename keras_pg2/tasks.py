@@ -329,14 +329,15 @@ def read_detections(generation, tokenizer, things, width, height, codec=None):
     if generation.log_probs is not None:
         score = _span_scores(generation, tokenizer)
     found = _detections(generation.text, width, height, codec, score)
-    if not found.items or EOS_ID in generation.token_ids:
+    if EOS_ID in generation.token_ids or not found.text.strip():
         return found
-    last = found.items[-1]
-    is_whole = last.label in things and (codec is None or last.mask is not None)
-    if is_whole or not found.text.rstrip().endswith(last.text):
-        return found
+    if found.items and found.text.rstrip().endswith(found.items[-1].text):
+        last = found.items[-1]
+        if last.label in things and (codec is None or last.mask is not None):
+            return found
+        found = dataclasses.replace(found, items=found.items[:-1])
     _logger.warning("An answer was cut off by `max_new_tokens`: %r", found.text)
-    return dataclasses.replace(found, items=found.items[:-1])
+    return found
 
 
 def _span_scores(generation, tokenizer):

@@ -197,6 +197,13 @@ def test_shards(folder, model, inputs):
     )
 
 
+def test_a_whole_file_comes_before_an_index(folder):
+    """As in transformers."""
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    PaliGemma2.from_preset(folder)
+
+
 def test_missing_shard(folder):
     _shard(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -289,7 +296,7 @@ def test_pickled_objects_are_refused(tmp_path):
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", 7])
 def test_an_index_must_not_lead_out_of_its_folder(folder, shard):
-    shutil.copy(folder / "model.safetensors", folder.parent / "secret.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")
     index = {"weight_map": {"a": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="must name files of its own folder"):
@@ -518,6 +525,30 @@ def test_nothing_is_overwritten(model, tmp_path):
         model.save_to_preset(tmp_path / "out")
     model.save_to_preset(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "file.npz"])
+def test_an_interrupt_while_names_change_loses_nothing(model, tmp_path, name, monkeypatch):
+    def save(**options):
+        format = "preset" if name == "folder" else "big-vision"
+        model._save(tmp_path / name, format, **options)
+
+    save()
+    before = presets.find_checkpoint(tmp_path / name).config
+
+    def interrupted(source, destination):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(io.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert presets.find_checkpoint(tmp_path / name).config == before
+
+
+def test_big_vision_files_have_their_ending(model, tmp_path):
+    with pytest.raises(ValueError, match=r"name ends in \.npz"):
+        model.save_big_vision(tmp_path / "out")
 
 
 @pytest.mark.parametrize("format", ["preset", *FORMATS])

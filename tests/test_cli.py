@@ -253,6 +253,8 @@ def test_info(data, capsys):
     text = capsys.readouterr().out
     assert "3,032,979,696" in text
     assert "image_size=448" in text
+    assert cli.main(["info", "paligemma2-3b", "--image-size", "0"]) == 1
+    assert "image_size" in capsys.readouterr().err
     assert cli.main(["info", str(data / "hf_tiny_paligemma2_bf16"), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["kind"] == "hf checkpoint"

@@ -328,10 +328,11 @@ def test_boxes_without_a_width_or_a_height_are_left_out(folder, caplog):
     """COCO's training annotations have two, such as this one, 918."""
     empty = _annotation(918, image_id=2, bbox=(29.665, 38.833, 1.03, 0.0))
     boxes = [_annotation(1), empty, _annotation(3, image_id=2, bbox=(1, 2, 0, 4))]
+    boxes += [_annotation(4, image_id=2, bbox=(10.2, 10.2, 0.02, 5))]  # <loc0116> twice
     with caplog.at_level("INFO"):
         (example,) = data.coco_detection(_coco(folder, boxes))
     assert example["image"] == str(folder / "0.png")
-    assert "left out 2 boxes without a width or a height" in caplog.text
+    assert "left out 3 boxes without a width or a height in location tokens" in caplog.text
 
 
 def test_crowds(folder):
@@ -350,6 +351,7 @@ def test_crowds(folder):
         (_annotation(7, bbox=(1, 2, 3)), "annotation 7: `bbox` must be 4 numbers"),
         (_annotation(7, bbox=(1, 2, 3, "4")), "annotation 7: `bbox` must be 4 numbers"),
         (_annotation(7, bbox=(1, 2, 3, float("nan"))), "annotation 7: `bbox` must be 4 numbers"),
+        (_annotation(7, bbox=(1, 2, 3, 10**400)), "annotation 7: `bbox` must be 4 numbers"),
         (_annotation(7, bbox=(1, 2, -1, 4)), "annotation 7: `bbox` must have a width"),
         (_annotation(7, bbox=(8, 2, 3, 4)), "inside of its picture of 7 × 9. Received"),
         (_annotation(7, image_id=3), r"image 3: There is no picture '.*missing\.png'"),
@@ -618,6 +620,10 @@ def test_names_of_pictures(folder):
         ({"question": "q", "image": "0.png", "answers": [[3]]}, r"Received: \[\[3\]\]"),
         ({"question": "q", "image": "no.png", "answer": "a"}, "There is no picture"),
         (["q"], "question number 2: There must be a JSON object"),
+        (
+            {"question": "q", "image": "0.png", "answer": 10**400},
+            "Answers must be strings or numbers",
+        ),
     ],
 )
 def test_bad_questions(folder, caplog, row, message):
@@ -627,6 +633,21 @@ def test_bad_questions(folder, caplog, row, message):
         data.vqa(path)
     assert len(data.vqa(path, on_error="skip")) == 1
     assert re.search(message, caplog.text)
+
+
+def test_odd_ids_and_names(folder, caplog):
+    rows = [{"question_id": [1], "question": "q"}, {"question_id": 2, "question": "a?"}]
+    rows += [{"question_id": 3, "question": "b?", "image_id": None}]
+    rows = [{"image_id": 1} | row for row in rows]
+    questions = _save(folder / "questions.json", {"questions": rows, "data_subtype": "x"})
+    answers = [None, *({"question_id": id, "answers": ["a"]} for id in (2, 3))]
+    answers = _save(folder / "answers.json", {"annotations": answers})
+    (folder / "0.png").rename(folder / "COCO_x_000000000001.jpg")
+    examples = data.vqa(questions, answers, on_error="skip")
+    assert [example["prefix"] for example in examples] == ["answer en a?"]
+    assert "There must be a JSON object. Received: None" in caplog.text
+    assert "question [1]: It has no answer" in caplog.text
+    assert "cannot be made from the fields" in caplog.text
 
 
 def test_questions_without_answers(vqav2):

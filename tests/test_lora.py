@@ -602,6 +602,8 @@ def test_adapter_round_trip(batch, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    modes = {path.stat().st_mode for path in (tmp_path / "new" / "adapter").iterdir()}
+    assert len(modes) == 1  # both readable by the same users
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 3, 0.1)
     assert config["base_model_name_or_path"] == "tiny"
@@ -686,6 +688,9 @@ def test_damaged_adapters(folder, model, tmp_path):
         model.load_adapter(folder)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"A pickled `adapter_model\.bin` is not read"):
+        model.load_adapter(folder)
+    (folder / adapters.CONFIG_FILE).write_text("[]")
+    with pytest.raises(ValueError, match=r"adapter_config\.json' must hold a JSON object"):
         model.load_adapter(folder)
     (folder / adapters.CONFIG_FILE).write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json' is no JSON"):

@@ -1,12 +1,13 @@
 import copy
 import io
 import json
+import struct
 import threading
 
 import numpy as np
 import pytest
 from keras import ops
-from PIL import Image
+from PIL import Image, ImageOps
 
 from keras_pg2.preprocessing import Preprocessor, batch_examples
 
@@ -95,12 +96,31 @@ def test_every_pil_mode(preprocessor, mode):
         np.testing.assert_allclose(row, np.linspace(0, 255, 56), atol=6)
 
 
-def test_exif_orientation_is_applied(preprocessor, image, tmp_path):
+def test_dark_pictures_of_16_bits_stay_dark(preprocessor):
+    image = Image.fromarray(np.full((8, 8), 255, "uint16"))
+    np.testing.assert_array_equal(_levels(preprocessor.load_image(image)), 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(preprocessor, image, tmp_path, orientation):
     path = tmp_path / "turned.png"
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise by 90° to see it upright
+    exif[0x0112] = orientation
     Image.fromarray(image).save(path, exif=exif)
-    expected = preprocessor.load_image(np.rot90(image, -1))
+    with Image.open(path) as opened:
+        expected = preprocessor.load_image(np.asarray(ImageOps.exif_transpose(opened)))
+    np.testing.assert_array_equal(preprocessor.load_image(path), expected)
+
+
+def test_odd_exif_tags_do_not_matter(preprocessor, image, tmp_path):
+    """The resolution as text, where Pillow's `exif_transpose` fails."""
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2)
+    exif += struct.pack(">HHIHH", 0x112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x11A, 2, 4, b"72\0\0")
+    exif += bytes(4)  # no further tags
+    path = tmp_path / "odd.jpg"
+    Image.fromarray(image).save(path, exif=exif)
+    with Image.open(path) as opened:
+        expected = preprocessor.load_image(np.rot90(np.asarray(opened), -1))
     np.testing.assert_array_equal(preprocessor.load_image(path), expected)
 
 
@@ -146,12 +166,15 @@ def test_a_file_that_is_no_image(preprocessor, tmp_path, content):
         preprocessor.load_image(path)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP"])
 def test_truncated_file(preprocessor, image, tmp_path, format):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format)
     path = tmp_path / "cut.img"
     path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    with pytest.raises(ValueError, match=r"cut\.img.*damaged"):
+        preprocessor.load_image(path)
+    path.write_bytes(buffer.getvalue()[:30])  # in the header
     with pytest.raises(ValueError, match=r"cut\.img.*damaged"):
         preprocessor.load_image(path)
 

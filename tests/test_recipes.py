@@ -167,6 +167,19 @@ def test_decay_follows_the_schedule_not_the_learning_rate(data):
         )
 
 
+def test_nothing_decays_where_the_kernels_are_frozen(data, image):
+    """Keras' AdamW fails on torch when no weight decays."""
+    model = keras_pg2.PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    recipe = recipes.get("activitynet_cap")
+    assert recipe.weight_decay
+    model.freeze("vision|projector")
+    optimizer = recipe.optimizer(2, batch_size=2, epochs=1, model=model)
+    assert not isinstance(optimizer, keras.optimizers.AdamW)
+    model.compile(optimizer=optimizer)
+    examples = [{"image": image, "prefix": "a", "suffix": "b"}] * 2
+    assert np.isfinite(model.fit(examples, batch_size=2, verbose=0).history["loss"]).all()
+
+
 def test_gradients_are_clipped_together():
     optimizer = recipes.get("default").optimizer(1, epochs=1)
     gradients = optimizer._clip_gradients([ops.array([30.0]), ops.array([40.0])])

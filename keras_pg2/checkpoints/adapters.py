@@ -72,7 +72,8 @@ def save_adapter(model, folder, base_model=None):
     config = _config(layers, kernels, base_model)
     # All or nothing: a file is complete before it gets its name, and the config comes last.
     tensor_path, config_path = (os.path.join(folder, name) for name in (TENSOR_FILE, CONFIG_FILE))
-    safetensors.numpy.save_file(tensors, f"{tensor_path}.tmp", metadata={"format": "pt"})
+    with open(f"{tensor_path}.tmp", "wb") as file:  # `save_file` would hide it from other users
+        file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     with open(f"{config_path}.tmp", "w") as file:
         json.dump(config, file, indent=2, sort_keys=True)
     for path in (tensor_path, config_path):
@@ -237,6 +238,8 @@ def _read_config(path):
             config = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"The file {path!r} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"The file {path!r} must hold a JSON object.")
     for field, supported in _SUPPORTED.items():
         # Without the type, 0 and 1 would pass for False and True.
         value = config.get(field, supported[0] if field != "peft_type" else None)

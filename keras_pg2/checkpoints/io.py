@@ -66,7 +66,7 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_safetensors(folder, file_name="model.safetensors"):
-    """Tensors of a file, or of the shards that `<file_name>.index.json` lists.
+    """Tensors of a file, or, if there is none, of the shards that `<file_name>.index.json` lists.
 
     Args:
         folder: str.
@@ -81,11 +81,11 @@ def read_safetensors(folder, file_name="model.safetensors"):
     """
     index = os.path.join(folder, f"{file_name}.index.json")
     shards = [file_name]
-    if os.path.exists(index):
+    if os.path.exists(index) and not os.path.exists(os.path.join(folder, file_name)):
         try:
             with open(index) as file:
                 shards = sorted(set(json.load(file)["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"The file {index!r} is damaged: {error}") from error
     tensors = {}
     for shard in shards:
@@ -437,9 +437,15 @@ def replace_when_done(path, overwrite=False, num_bytes=0):
     ) as folder:
         new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
         yield new
-        if os.path.lexists(path):
-            os.rename(path, old)
-        os.rename(new, path)
+        try:
+            is_file = os.path.isfile(path) and os.path.isfile(new)
+            if os.path.lexists(path) and not is_file:  # a file can take the place of another
+                os.rename(path, old)
+            os.replace(new, path)
+        except BaseException:  # an interrupt too
+            if os.path.lexists(old) and not os.path.lexists(path):
+                os.rename(old, path)
+            raise
 
 
 def write_safetensors(folder, tensors, progress, max_shard_bytes=_MAX_SHARD_BYTES):

@@ -459,10 +459,14 @@ def save_checkpoint(
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False.
         OSError: if the disk is too full; what was there is left as it was.
-        ValueError: if the format cannot express the config.
+        ValueError: if the format cannot express the config, or `path` does not fit the format.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}. Received: format={format!r}")
+    if format == "big-vision" and not os.fspath(path).endswith(".npz"):
+        raise ValueError(
+            f"A big_vision checkpoint is a file whose name ends in .npz. Received: {path!r}"
+        )
     weights = {name: tensor.cast(dtype) for name, tensor in weights.items()}
     stored_dtype = next(iter(weights.values())).dtype
     tensors = io.to_source(weights, format, config)

@@ -58,6 +58,8 @@ def held_out_examples(renderer, kind, num_examples, seed, codes=None, shapes=SHA
     Raises:
         ValueError: if scenes of this renderer do not fit the kind.
     """
+    if num_examples < 1:
+        raise ValueError(f"`num_examples` must be positive. Received: {num_examples}")
     rng = random.Random(f"{kind} {seed}")
     choices = {"caption": LANGUAGES, "answer": tuple(QUESTIONS)}.get(kind)
     kinds = [f"{kind} {choice}" for choice in choices] if choices else [kind]
