@@ -305,6 +305,16 @@ def _torch_compile(function):
     return torch.compile(function, dynamic=False)
 
 
+@contextlib.contextmanager
+def values_after_errors(model):
+    """On jax gives the variables of a model their values back after an error in Keras' loops."""
+    try:
+        yield
+    finally:
+        if BACKEND == "jax":
+            model.jax_state_sync()
+
+
 def compilation_cache(folder):
     """Keeps compiled programs in a folder from now on, for later processes. See `from_preset`."""
     folder = os.path.abspath(os.path.expanduser(folder))

@@ -340,6 +340,11 @@ def coco_segmentation(
     Source: big_vision `pp/proj/paligemma/segmentation.py`.
     """
     _check_prompt(prompt, _PROMPTS[:2])
+    if not callable(codec):
+        raise ValueError(
+            "`codec` must be a SegmentationCodec, such as `model.get_codec()`, or a function. "
+            f"Received: codec={codec!r:.80}"
+        )
     checks = _Checks(on_error, check_images)
     rows, objects_of_rows = [], []
     for scene in _scenes(annotations, image_folder, keep_crowds, checks, with_masks=True):
@@ -891,6 +896,11 @@ def _field(row, name, kind, source=None):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join(_KINDS[kind] for kind in kinds)
         raise ValueError(f"{where}`{name}` must be {expected}. Received: {value!r:.80}.")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}`{name}` is no valid Unicode: {error}.") from error
     return value
 
 

@@ -896,6 +896,8 @@ class PaliGemma2(keras.Model):
         images, prompts, _, is_single = batch_examples(images, prompts if is_each else prompts[0])
         if any(len(row) != 1 for row in images):
             raise ValueError(f"`{task}` looks at one image at a time: pass a list of images.")
+        if options.get("responses"):
+            raise ValueError(f"`{task}` reads whole answers: leave `responses` out.")
         tokenizer = self._require_preprocessor().tokenizer
         codec = self.get_codec() if task == "segment" else None
         if constrained:
@@ -1135,11 +1137,34 @@ class PaliGemma2(keras.Model):
         Returns:
             list of float, or dict with "loss" and "token_accuracy" if `return_dict`.
         """
+        if not self.compiled:
+            raise ValueError("Call `compile` before `evaluate`.")
         if self._compile_loss is None:
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
             self._prepare("test_function", x)
-        return super().evaluate(x, y, batch_size=batch_size, **kwargs)
+        with _backend.values_after_errors(self):
+            return super().evaluate(x, y, batch_size=batch_size, **kwargs)
+
+    def train_on_batch(self, x, y=None, **kwargs):
+        """One step on one batch, raw or tokenized, see `keras.Model.train_on_batch`."""
+        return super().train_on_batch(self._one_batch(x, y), y, **kwargs)
+
+    def test_on_batch(self, x, y=None, **kwargs):
+        """The metrics of one batch, raw or tokenized, see `keras.Model.test_on_batch`."""
+        return super().test_on_batch(self._one_batch(x, y), y, **kwargs)
+
+    def _one_batch(self, x, y):
+        if self._compile_loss is not None:
+            return x
+        data, count = ([x], 1) if isinstance(x, dict) else (x, len(x))
+        ((prepared,),) = self._batches(data, y, count).arrays()
+        return prepared
+
+    def _purge_model_variables(self, **kwargs):
+        # With jax, Keras would take the values from the variables while it trains, to save memory,
+        # which steps give back anyway: they reuse it. An error would lose all weights.
+        pass
 
     def predict(self, x, batch_size=8, verbose="auto", steps=None, callbacks=None, **options):
         """Answers to raw data; of tokenized data the logits, as `keras.Model.predict`.
@@ -1158,9 +1183,10 @@ class PaliGemma2(keras.Model):
         if (isinstance(x, dict) and "token_ids" in x) or not batches.is_readable(x):
             if isinstance(x, dict):
                 x = {name: array for name, array in x.items() if name != "loss_mask"}
-            return super().predict(
-                x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-            )
+            with _backend.values_after_errors(self):
+                return super().predict(
+                    x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
+                )
         data = self._batches(x, None, batch_size)
         # One for all batches, so that the answers are those of another batch size.
         options["seed"] = generation.seed_sequence(options.get("seed"))
@@ -1426,21 +1452,23 @@ class PaliGemma2(keras.Model):
         self._unfreeze()
         self._renew_programs()
 
-    def save_adapter(self, folder, base_model=None):
+    def save_adapter(self, folder, base_model=None, *, overwrite=False):
         """Writes LoRA alone, as PEFT does: `adapter_config.json`, `adapter_model.safetensors`.
 
         Args:
             folder: path, made if missing.
             base_model: str or None, name or path of the model that the adapter belongs to, as
                 "google/paligemma2-3b-pt-224"; PEFT's `AutoPeftModel` asks for it.
+            overwrite: bool, whether to replace an adapter that is there.
 
         Raises:
+            FileExistsError: if there is an adapter and `overwrite` is False.
             ValueError: if LoRA is not enabled.
 
         Example:
             >>> model.save_adapter("adapter/", base_model="google/paligemma2-3b-pt-224")
         """
-        adapters.save_adapter(self, folder, base_model)
+        adapters.save_adapter(self, folder, base_model, overwrite)
 
     def load_adapter(self, folder):
         """Enables LoRA on the layers that an adapter of PEFT or `save_adapter` has.

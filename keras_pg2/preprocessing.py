@@ -1,5 +1,6 @@
 """Pictures, prompts and answers to the arrays that the model reads. NumPy and Pillow only."""
 
+import collections.abc
 import concurrent.futures
 import functools
 import math
@@ -118,6 +119,12 @@ class Preprocessor:
         Raises:
             ValueError: if the examples have different numbers of images, or none.
         """
+        for images in examples:
+            if not isinstance(images, (list, tuple)):
+                raise ValueError(
+                    "`images` must be a list of lists, the images of each example. Received: "
+                    f"{images!r:.80}"
+                )
         counts = {len(images) for images in examples}
         if len(counts) != 1 or 0 in counts:
             raise ValueError(
@@ -167,6 +174,7 @@ class Preprocessor:
             dict of "images" float32 (B, M, I, I, 3), "token_ids" int32 (B, T),
             "padding_mask" bool (B, T) and "suffix_mask" bool (B, T).
         """
+        _check_count(images, prompts)
         texts = self.texts_for_generation(prompts, responses)
         return {"images": self.load_images(images), **texts}
 
@@ -196,6 +204,7 @@ class Preprocessor:
                 tokens, else 0. With `reduction="mean_with_sample_weight"` the loss is the
                 mean over examples of the mean over their suffix tokens, as in big_vision.
         """
+        _check_count(images, prompts)
         length = self.sequence_length
         shape = (len(prompts), length)
         token_ids = np.full(shape, PAD_ID, "int32")
@@ -217,6 +226,15 @@ class Preprocessor:
         weight = np.roll(suffix_mask, -1, axis=1).astype("float32")
         weight[:, -1] = 0
         return x, y, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
+
+
+def _check_count(images, prompts):
+    if isinstance(prompts, str) or len(images) != len(prompts):
+        received = repr(prompts) if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise ValueError(
+            "`images` and `prompts` must be lists of one length, an item for each example. "
+            f"Received: {len(images)} examples of images, {received:.80}"
+        )
 
 
 def _num_cores():
@@ -272,6 +290,8 @@ def batch_examples(images, prompts, responses=None):
     one_prompt = isinstance(prompts, str)
     images = [images] if one_image else list(images)
     images = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
+    if not one_prompt and not isinstance(prompts, collections.abc.Iterable):
+        raise ValueError(f"`prompts` must be a str or a list of str. Received: {prompts!r:.80}")
     prompts = [prompts] if one_prompt else list(prompts)
     one_response = responses is None or isinstance(responses, str)
     responses = [responses or ""] if one_response else list(responses)
@@ -318,7 +338,7 @@ def image_size(image):
         return image.shape[1], image.shape[0]
     if hasattr(image, "width") and hasattr(image, "height"):
         return image.width, image.height
-    raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r}")
+    raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r:.80}")
 
 
 def _resize(levels, size):
@@ -383,7 +403,7 @@ def image_levels(image):
     if isinstance(image, Image.Image):
         return _pil_levels(image, "the PIL image")
     if not _is_array(image):
-        raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r}")
+        raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r:.80}")
     image = _to_numpy(image)
     received = f"Received: an array of shape {image.shape} and dtype {image.dtype}"
     if image.ndim == 2:

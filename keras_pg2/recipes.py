@@ -74,7 +74,7 @@ class Recipe:
 
         Raises:
             ValueError: if an argument is not positive, neither it nor the recipe gives a value, or
-                `accumulate` does not divide `batch_size`.
+                `accumulate` does not divide `batch_size` or exceeds the batches in all.
 
         Source: big_vision `utils.py`, `create_learning_rate_schedule`.
         """
@@ -94,6 +94,11 @@ class Recipe:
                 raise ValueError(f"`num_examples` must be positive. Received: {num_examples!r}")
             epoch = math.ceil(num_examples * accumulate / batch_size)
             batches = max(1, round(self._given("epochs", epochs) * epoch))
+            if batches < accumulate:
+                raise ValueError(
+                    f"`accumulate` must not exceed the batches of the whole training, {batches}, "
+                    f"or no step is made. Received: accumulate={accumulate!r}"
+                )
         warmup = min(max(1, round(_WARMUP * batches)), batches - 1)
         if not warmup:  # a single batch
             return keras.optimizers.schedules.CosineDecay(learning_rate, 1)

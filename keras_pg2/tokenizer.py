@@ -100,7 +100,14 @@ class Tokenizer:
 
         Returns:
             list of int.
+
+        Raises:
+            ValueError: if the text has a lone surrogate, half of a character.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The text is no valid Unicode: {error}") from error
         # The extra tokens cut the text, as user-defined symbols do inside SentencePiece.
         ids = []
         for part in _EXTRA_TOKENS.split(text):

@@ -360,6 +360,15 @@ def test_what_is_no_checkpoint(folder, tmp_path):
         PaliGemma2.from_preset(folder)
 
 
+def test_unknown_fields_of_a_preset(model, tmp_path):
+    model.save_to_preset(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["preprocessing"]["crop"] = True
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"unknown fields: \['crop'\]"):
+        PaliGemma2.from_preset(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("path", "variant"),
     [
@@ -525,6 +534,18 @@ def test_nothing_is_overwritten(model, tmp_path):
         model.save_to_preset(tmp_path / "out")
     model.save_to_preset(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "config.json").exists()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("")
+    with pytest.raises(FileExistsError, match="other things than a checkpoint"):
+        model.save_to_preset(tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_are_stored_as_floats(model, tmp_path, format):
+    with pytest.raises(ValueError, match=r"`dtype` must be 'float32'.*Received: dtype='int8'"):
+        model._save(tmp_path / "out.npz", format, "int8")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["folder", "file.npz"])

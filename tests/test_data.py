@@ -100,6 +100,7 @@ BAD_ROWS = [
     ("[1]", r"must be a JSON object. Received: \[1\]"),
     ('{"image": "0.png", "prefix": "a"}', r"`suffix` is missing; there are \['image', 'prefix'\]"),
     (_row(0, suffix=3), "`suffix` must be a string. Received: 3"),
+    (_row(0, suffix="half \ud83d"), "`suffix` is no valid Unicode: .*surrogates"),
     (_row(0, prefix=None), "`prefix` must be a string. Received: None"),
     (_row(0, image=7), "`image` must be a string or a list"),
     (_row(0, image=[]), "`image` must be a name or a list of them"),
@@ -510,6 +511,8 @@ def test_segmentation_texts(folder):
     examples = data.coco_segmentation(_coco(folder, annotations), None, codec, prompt="category")
     assert [example["prefix"] for example in examples] == ["segment dog", "segment cat"]
     assert _suffixes(examples[1:]) == ["16 cat"]
+    with pytest.raises(ValueError, match="`codec` must be a SegmentationCodec.*codec=None"):
+        data.coco_segmentation(_coco(folder, annotations), None, None)
 
 
 @pytest.mark.parametrize(

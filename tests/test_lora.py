@@ -602,6 +602,9 @@ def test_adapter_round_trip(batch, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    with pytest.raises(FileExistsError, match=r"adapter_config\.json.*overwrite=True"):
+        model.save_adapter(tmp_path / "new" / "adapter")
+    model.save_adapter(tmp_path / "new" / "adapter", base_model="tiny", overwrite=True)
     modes = {path.stat().st_mode for path in (tmp_path / "new" / "adapter").iterdir()}
     assert len(modes) == 1  # both readable by the same users
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
@@ -624,7 +627,7 @@ def test_adapter_round_trip(batch, tmp_path):
 def test_target_modules_match_in_every_layout(data, folder):
     """PEFT matches the whole name of a module."""
     model = _model(rank=2, pattern="text/block_1/.*(query|up)|vision/block_0/.*query|projector")
-    model.save_adapter(folder)
+    model.save_adapter(folder, overwrite=True)
     config = json.loads((folder / "adapter_config.json").read_text())
     layers = {"language_model": "layers.1", "vision_tower": "encoder.layers.0"}
     for towers in (*LAYOUTS.values(), ("model.language_model", "model.vision_tower", "x")):

@@ -153,6 +153,12 @@ def test_images_are_read_in_threads(preprocessor, image, monkeypatch):
 # Bad pictures
 
 
+def test_bytes_are_no_image(preprocessor):
+    with pytest.raises(ValueError, match="must be a path") as error:
+        preprocessor.load_image(bytes(10_000))
+    assert len(str(error.value)) < 300
+
+
 def test_missing_file(preprocessor, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cat\.jpg"):
         preprocessor.load_image(tmp_path / "cat.jpg")
@@ -311,11 +317,29 @@ def test_copies(preprocessor, image):
 # What users pass
 
 
+def test_batches_are_lists_of_lists(preprocessor, image):
+    for images, prompts, message in (
+        ([image, image], ["a", "b"], "a list of lists"),
+        (["cat.jpg"], ["a"], "a list of lists.*'cat.jpg'"),
+        ([[image]], "caption en", "lists of one length.*1 examples of images, 'caption en'"),
+        ([[image], [image]], ["a"], "2 examples of images, 1 prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            preprocessor.for_generation(images, prompts)
+        with pytest.raises(ValueError, match=message):
+            preprocessor.for_training(images, prompts, ["a"] * len(prompts))
+
+
 def test_examples_of_one_image_and_one_prompt(image):
     for single in ("cat.jpg", image, Image.fromarray(image)):
         images, prompts, responses, is_single = batch_examples(single, "ocr")
         assert (len(images), len(images[0]), prompts, responses) == (1, 1, ["ocr"], [""])
         assert is_single
+
+
+def test_prompts_must_be_texts(image):
+    with pytest.raises(ValueError, match=r"`prompts` must be a str or a list of str\..*: 5"):
+        batch_examples(image, 5)
 
 
 def test_examples_broadcast():

@@ -129,6 +129,11 @@ def test_a_single_step_learns():
         ("default", {"epochs": -1}, "`epochs` must be positive"),
         ("default", {"accumulate": 0}, "`accumulate` must be positive"),
         ("default", {"accumulate": 3}, "`accumulate` must divide the batch size, 256.*=3"),
+        (
+            "default",
+            {"num_examples": 20, "batch_size": 256, "epochs": 10, "accumulate": 64},
+            "must not exceed the batches of the whole training, 50",
+        ),
         ("forkme", {}, "`model` must be given"),
     ],
 )

@@ -501,6 +501,8 @@ def test_detect_bad_input(model, image):
             model.detect(image, things)
     with pytest.raises(ValueError, match="one image at a time"):
         model.detect([[image, image]], "cat")
+    with pytest.raises(ValueError, match="leave `responses` out"):
+        model.detect(image, "cat", responses="<loc0001>")
     with pytest.raises(ValueError, match="as many"):
         model.detect([image, image], [["cat"], ["dog"], ["cow"]])
 

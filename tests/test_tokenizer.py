@@ -57,3 +57,8 @@ def test_rejects_what_is_no_model(model):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         Tokenizer.from_file(tmp_path / "tokenizer.model")
+
+
+def test_half_of_a_character_is_no_text(tokenizer):
+    with pytest.raises(ValueError, match=r"no valid Unicode.*surrogates"):
+        tokenizer.encode("caption \ud83d")

@@ -208,6 +208,39 @@ def test_fit_evaluate_predict(tokenizer, columns):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("position", [0, 9])
+def test_an_error_loses_no_weights(tokenizer, columns, position):
+    """A Keras model that does nothing about it loses them with jax."""
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.0))
+    before = [keras.ops.convert_to_numpy(v).copy() for v in model.variables]
+    rows = examples_of(columns)
+    rows[position]["image"] = "missing.png"
+    for method in (model.evaluate, model.fit):
+        with pytest.raises(Exception, match=r"missing\.png"):  # of another type with TensorFlow
+            method(rows, batch_size=2, verbose=0)
+        for variable, value in zip(model.variables, before, strict=True):
+            np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
+    model.fit(columns, verbose=0)
+
+
+def test_single_batches(tokenizer, columns):
+    model = micro_model(tokenizer)
+    with pytest.raises(ValueError, match="compile"):
+        model.evaluate(columns)
+    model.compile(keras.optimizers.SGD(0.0))
+    loss = model.evaluate(columns, batch_size=10, verbose=0)
+    rows = examples_of(columns)
+    x, *_ = model.preprocessor.for_training(
+        [[image] for image in columns["images"]], columns["prompts"], columns["responses"]
+    )
+    for batch in (columns, rows, x):
+        model.reset_metrics()
+        np.testing.assert_allclose(model.test_on_batch(batch), loss, rtol=1e-5)
+        model.reset_metrics()
+        np.testing.assert_allclose(model.train_on_batch(batch), loss, rtol=1e-5)
+
+
 def test_the_loss_is_that_of_full_logits(tokenizer, columns):
     """fit's loss equals Keras' own cross-entropy over all logits."""
     model = micro_model(tokenizer)

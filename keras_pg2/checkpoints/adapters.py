@@ -46,7 +46,7 @@ _SUPPORTED = {
 }
 
 
-def save_adapter(model, folder, base_model=None):
+def save_adapter(model, folder, base_model=None, overwrite=False):
     """Writes the LoRA of a model as PEFT does.
 
     Args:
@@ -54,13 +54,20 @@ def save_adapter(model, folder, base_model=None):
         folder: path, made if missing.
         base_model: str or None, the model that the adapter belongs to, for
             `base_model_name_or_path`.
+        overwrite: bool, whether to replace an adapter that is there.
 
     Raises:
+        FileExistsError: if there is an adapter and `overwrite` is False.
         ValueError: if the model has no LoRA.
     """
     layers = model.lora_layers()
     if not layers:
         raise ValueError("The model has no LoRA to save. Call `enable_lora` first.")
+    config_path = os.path.join(folder, CONFIG_FILE)
+    if os.path.lexists(config_path) and not overwrite:
+        raise FileExistsError(
+            f"{config_path!r} exists already. Choose another folder, or pass `overwrite=True`."
+        )
     kernels = _kernel_specs(model.config)
     layers = {path: layers[path] for path in kernels if path in layers}  # first block first
     tensors = {}
@@ -71,7 +78,7 @@ def save_adapter(model, folder, base_model=None):
     os.makedirs(folder, exist_ok=True)
     config = _config(layers, kernels, base_model)
     # All or nothing: a file is complete before it gets its name, and the config comes last.
-    tensor_path, config_path = (os.path.join(folder, name) for name in (TENSOR_FILE, CONFIG_FILE))
+    tensor_path = os.path.join(folder, TENSOR_FILE)
     with open(f"{tensor_path}.tmp", "wb") as file:  # `save_file` would hide it from other users
         file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     with open(f"{config_path}.tmp", "w") as file:

@@ -418,13 +418,20 @@ def replace_when_done(path, overwrite=False, num_bytes=0):
         str, a path in a new temporary folder on the same disk.
 
     Raises:
-        FileExistsError: if `path` exists and `overwrite` is False.
+        FileExistsError: if `path` exists and `overwrite` is False, or is a folder of other things
+            than a checkpoint.
         OSError: if the disk is too full.
     """
     path = os.path.abspath(os.fspath(path))
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(
             f"{path!r} exists already. Choose another path, or pass `overwrite=True`."
+        )
+    is_checkpoint = os.path.isfile(os.path.join(path, "config.json"))
+    if os.path.isdir(path) and os.listdir(path) and not is_checkpoint:
+        raise FileExistsError(
+            f"The folder {path!r} holds other things than a checkpoint, which would be lost. "
+            "Choose another path."
         )
     os.makedirs(os.path.dirname(path), exist_ok=True)
     free = shutil.disk_usage(os.path.dirname(path)).free

@@ -124,12 +124,15 @@ def _recognise(path, config_path, values):
                     f"The preset {path!r} has version {values['version']}; this release reads up "
                     f"to {_PRESET_VERSION}. Update keras-pg2."
                 )
+            preprocessing = values.get("preprocessing") or {}
+            if unknown := sorted(set(preprocessing) - {"sequence_length", "interpolation"}):
+                raise ValueError(f"The config {config_path!r} has unknown fields: {unknown}")
             return Checkpoint(
                 "preset",
                 PaliGemmaConfig.from_dict(values["config"]),
                 path,
                 _first_file(path, "tokenizer.model"),
-                values.get("preprocessing") or {},
+                preprocessing,
                 _first_file(path, CODEC_FILE),
             )
         if values.get("model_type") == "paligemma":
@@ -463,6 +466,10 @@ def save_checkpoint(
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}. Received: format={format!r}")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(
+            f"`dtype` must be 'float32', 'bfloat16', 'float16' or None. Received: dtype={dtype!r}"
+        )
     if format == "big-vision" and not os.fspath(path).endswith(".npz"):
         raise ValueError(
             f"A big_vision checkpoint is a file whose name ends in .npz. Received: {path!r}"
