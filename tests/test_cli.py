@@ -190,9 +190,13 @@ def test_convert_does_not_overwrite(data, tmp_path, capsys):
     command = ["convert", source, str(destination), "--to", "hf"]
     assert cli.main(command) == 1
     assert "--force" in capsys.readouterr().err
+    assert cli.main([*command, "--force"]) == 1
+    assert "other things than a checkpoint" in capsys.readouterr().err
     assert (destination / "precious").read_text() == "data"
+    (destination / "precious").unlink()
+    assert cli.main([*command, "--force"]) == 0  # an empty folder
+    assert cli.main(command) == 1
     assert cli.main([*command, "--force"]) == 0
-    assert not (destination / "precious").exists()
 
 
 def test_interrupted_conversion_leaves_nothing(data, tmp_path, monkeypatch):

@@ -511,7 +511,7 @@ def test_segmentation_texts(folder):
     examples = data.coco_segmentation(_coco(folder, annotations), None, codec, prompt="category")
     assert [example["prefix"] for example in examples] == ["segment dog", "segment cat"]
     assert _suffixes(examples[1:]) == ["16 cat"]
-    with pytest.raises(ValueError, match="`codec` must be a SegmentationCodec.*codec=None"):
+    with pytest.raises(ValueError, match=r"`codec` must be a SegmentationCodec.*codec=None"):
         data.coco_segmentation(_coco(folder, annotations), None, None)
 
 
