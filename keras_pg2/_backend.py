@@ -86,8 +86,8 @@ class Programs:
     def __init__(self, compile_steps=False):
         self.compile_steps = compile_steps
         self.compilations = []
-        self._programs, self._parts = {}, {}
-        self._variables, self._sampler = [], None
+        self._programs, self._sampler_programs, self._parts = {}, {}, {}
+        self._content, self._sampler = [], None
         self._lock = threading.Lock()
 
     def get(self, model, name, function, sampler=None, donate=False, in_parts=False):
@@ -111,17 +111,22 @@ class Programs:
         with self._lock:
             # LoRA and quantization change the variables, and with them every program.
             variables = model.variables
-            is_same = len(variables) == len(self._variables) and all(
-                map(operator.is_, variables, self._variables)
+            merged = [x for x in model._flatten_layers() if getattr(x, "is_merged", False)]
+            content = [*variables, *merged]
+            is_same = len(content) == len(self._content) and all(
+                map(operator.is_, content, self._content)
             )
-            if not is_same or (sampler is not None and sampler is not self._sampler):
-                self._programs, self._parts = {}, {}
-                self._variables, self._sampler = variables, sampler
+            if sampler is not None and sampler is not self._sampler:
+                self._sampler_programs, self._sampler = {}, sampler
+            if not is_same:
+                self._programs, self._sampler_programs, self._parts = {}, {}, {}
+                self._content = content
                 if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
                     for variable in variables:
                         if variable.name == "kernel":
                             _lay_out(variable)
-            if name not in self._programs:
+            programs = self._programs if sampler is None else self._sampler_programs
+            if name not in programs:
                 in_parts = in_parts and BACKEND == "tensorflow" and _is_tf_on_cpu()
 
                 def traced(*args):
@@ -135,14 +140,8 @@ class Programs:
                         _state.in_program, _state.parts = False, None
 
                 updated = [] if sampler is None else sampler.variables
-                self._programs[name] = _compile(model, traced, updated, donate, in_parts)
-            return self._programs[name]
-
-    def __deepcopy__(self, memo):
-        return Programs(self.compile_steps)
-
-    def __reduce__(self):
-        return (Programs, (self.compile_steps,))
+                programs[name] = _compile(model, traced, updated, donate, in_parts)
+            return programs[name]
 
 
 def part(method):
@@ -207,7 +206,7 @@ def _compile_jax(model, function, updated, donate, in_parts):
     jitted = jax.jit(stateless, donate_argnums=(2,) if donate else ())
 
     def run(*args):
-        model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
+        sync_values(model)
         values = [variable.value for variable in model.variables]
         outputs, new_values = jitted(values, [v.value for v in updated], *args)
         for variable, value in zip(updated, new_values):
@@ -311,8 +310,13 @@ def values_after_errors(model):
     try:
         yield
     finally:
-        if BACKEND == "jax":
-            model.jax_state_sync()
+        sync_values(model)
+
+
+def sync_values(model):
+    """Gives the variables their values, which Keras holds elsewhere in loops on jax."""
+    if BACKEND == "jax":
+        model.jax_state_sync()
 
 
 def compilation_cache(folder):
@@ -974,6 +978,18 @@ def fastest_dtype():
 def to_numpy(tensors):
     """NumPy arrays of a nested structure of tensors."""
     return keras.tree.map_structure(ops.convert_to_numpy, tensors)
+
+
+def remove_attribute(layer, name):
+    """Sets an attribute of a layer, a variable or a seed, to None, so that nothing holds it."""
+    value = getattr(layer, name)
+    if isinstance(value, keras.Variable):
+        layer._untrack_variable(value)
+    else:
+        layer._tracker.untrack(value)
+    setattr(layer, name, None)
+    if BACKEND == "tensorflow":  # which keeps what an attribute was
+        layer._delete_tracking(name)
 
 
 def track_variables(model):

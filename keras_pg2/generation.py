@@ -51,9 +51,9 @@ class Sample:
     top_p: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
+        if not 1e-6 <= self.temperature < math.inf:
             raise ValueError(
-                "`temperature` must be positive; for the most likely token use "
+                "`temperature` must be at least 1e-6; for the most likely token use "
                 f"`sampler='greedy'`. Received: temperature={self.temperature}"
             )
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
@@ -504,7 +504,6 @@ def _choose_beams(sampler, state, log_probs):
         # While the grammar allowed no end, the best beam stands in.
         is_open = (best_score < _NEVER / 2)[:, None]
         best = {name: ops.where(is_open, extended[name][:, 0], best[name]) for name in best}
-    if "grammar" in state:
         state = _follow_grammar(state, token)
     return state | {
         "cache": tree.map_structure(lambda array: ops.take(array, rows, axis=0), state["cache"]),
@@ -715,7 +714,8 @@ def _answer(model, token_ids, stop):
 
 def _certain_length(text, stop):
     """Length of the text that later tokens cannot change or cut off."""
-    length = len(text.rstrip("\ufffd"))  # the first bytes of a character
+    text = text.rstrip("\ufffd")  # the first bytes of a character
+    length = len(text)
     for string in stop:
         for size in range(1, len(string)):
             if text.endswith(string[:size]):

@@ -225,12 +225,9 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
             ValueError: without LoRA.
         """
         self._require_lora()
-        variables = [self.lora_kernel_a, self.lora_kernel_b]
-        self.lora_kernel_a = self.lora_kernel_b = None
-        for variable in variables:
-            self._untrack_variable(variable)
-        self._tracker.untrack(self._dropout_seed)
-        self._dropout_seed = self._unmerged_kernel = self.lora = None
+        for name in ("lora_kernel_a", "lora_kernel_b", "_dropout_seed"):
+            _backend.remove_attribute(self, name)
+        self._unmerged_kernel = self.lora = None
 
     def _require_lora(self, merged=None):
         if self.lora is None:

@@ -220,6 +220,7 @@ class PaliGemma2(keras.Model):
         Raises:
             ValueError: if the model is quantized.
         """
+        _backend.sync_values(self)
         layers = self._linear_layers()
         kernels = {f"{path}/kernel": layer for path, layer in layers.items()}
         if self._quantized_layers():
@@ -1277,7 +1278,7 @@ class PaliGemma2(keras.Model):
         variables = {
             path: variable
             for path, variable in self.variables_by_path().items()
-            if re.search(pattern, path) and "/quantized/" not in path and not _is_seed(path)
+            if re.search(pattern, path) and not _is_own(path)
         }
         for path, layer in self.lora_layers().items():
             if layer.is_merged:  # it takes no part
@@ -1287,6 +1288,10 @@ class PaliGemma2(keras.Model):
                 "`pattern` must match the path of a weight, such as "
                 f"{list(self.variables_by_path())[:3]}. Received: pattern={pattern!r}"
             )
+        if value and not self.trainable:  # as `model.trainable = False` makes it
+            self._unfreeze()
+            for variable in self.variables:
+                variable.trainable = False
         for variable in variables.values():
             variable.trainable = value
         self.train_function = None
@@ -1468,6 +1473,7 @@ class PaliGemma2(keras.Model):
         Example:
             >>> model.save_adapter("adapter/", base_model="google/paligemma2-3b-pt-224")
         """
+        _backend.sync_values(self)
         adapters.save_adapter(self, folder, base_model, overwrite)
 
     def load_adapter(self, folder):
@@ -1579,10 +1585,12 @@ class PaliGemma2(keras.Model):
                 path: {"mode": layer.quantized.mode, "group_size": layer.quantized.group_size}
                 for path, layer in layers.items()
             }
+        # A merged LoRA is saved as it was before, and then it was trained.
+        merged = tuple(f"{k}/lora_" for k, layer in self.lora_layers().items() if layer.is_merged)
         config["frozen"] = [
             path
             for path, variable in self.variables_by_path().items()
-            if not variable.trainable and not _is_extra(path)
+            if not variable.trainable and not path.startswith(merged) and not _is_own(path)
         ]
         config["remat"] = [name for name in ("vision", "text") if getattr(self, name).use_remat]
         return config
@@ -1602,12 +1610,13 @@ class PaliGemma2(keras.Model):
         if lora:
             model.enable_lora_on({path: LoraOptions(**options) for path, options in lora.items()})
         for path, variable in model.variables_by_path().items():
-            if not _is_extra(path):
+            if not _is_own(path):
                 variable.trainable = path not in frozen
         model.enable_remat(tuple(remat))
         return model
 
     def save_own_variables(self, store):
+        _backend.sync_values(self)  # before the layers save theirs
         # Keras saves no seeds, so that a run which goes on would drop other values.
         if seeds := self._step_seeds():
             store["step_seeds"] = np.stack([ops.convert_to_numpy(s.state) for s in seeds])
@@ -1619,26 +1628,26 @@ class PaliGemma2(keras.Model):
                 seed.state.assign(state)
 
     def save_assets(self, folder):
+        if content := self._codec_content():
+            with open(os.path.join(folder, presets.CODEC_FILE), "wb") as file:
+                file.write(content)
         if self.preprocessor is None:
             return
         with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
             file.write(self.preprocessor.tokenizer.model)
         with open(os.path.join(folder, "preprocessor.json"), "w") as file:
             json.dump(self.preprocessor.get_config(), file, indent=2)
-        if content := self._codec_content():
-            with open(os.path.join(folder, presets.CODEC_FILE), "wb") as file:
-                file.write(content)
 
     def load_assets(self, folder):
+        codec = os.path.join(folder, presets.CODEC_FILE)
+        if os.path.exists(codec):
+            self.use_codec(codec)
         if not os.path.exists(os.path.join(folder, "preprocessor.json")):
             return
         with open(os.path.join(folder, "preprocessor.json")) as file:
             options = json.load(file)
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.model"))
         self.preprocessor = Preprocessor(tokenizer, **options)
-        codec = os.path.join(folder, presets.CODEC_FILE)
-        if os.path.exists(codec):
-            self.use_codec(codec)
 
 
 class _Holder:
@@ -1656,9 +1665,14 @@ def _is_seed(path):
     return path.endswith("/seed_generator_state")
 
 
+def _is_own(path):
+    """Whether a variable is one of those that are never trained."""
+    return "/quantized/" in path or _is_seed(path)
+
+
 def _is_extra(path):
     """Whether a variable is none of the checkpoint's."""
-    return "/lora_kernel_" in path or "/quantized/" in path or _is_seed(path)
+    return "/lora_kernel_" in path or _is_own(path)
 
 
 class _Watch(keras.callbacks.Callback):

@@ -391,8 +391,7 @@ class Quantizable:
         matrix = getattr(self, f"_{self.matrix_name}")
         shape = matrix.shape[::-1] if self._is_transposed else matrix.shape
         with unlocked(self), self._open_name_scope():  # else the new variables lose their path
-            self._untrack_variable(matrix)
-            setattr(self, f"_{self.matrix_name}", None)
+            _backend.remove_attribute(self, f"_{self.matrix_name}")
             self.quantized = QuantizedMatrix(
                 *shape, mode, group_size, name="quantized", dtype=self.dtype_policy
             )

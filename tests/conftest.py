@@ -49,7 +49,9 @@ def data():
 @pytest.fixture
 def run_in_program():
     """Gives the compiled form of a function of tensors, as generation uses it."""
-    no_model = types.SimpleNamespace(variables=[], jax_state_sync=lambda: None)
+    no_model = types.SimpleNamespace(
+        variables=[], jax_state_sync=lambda: None, _flatten_layers=lambda: []
+    )
     return lambda function, **options: _backend.Programs().get(
         no_model, function.__name__, function, **options
     )

@@ -274,6 +274,7 @@ def test_stop_strings(model, image, stream):
 def test_certain_length():
     certain = generation_module._certain_length
     assert certain("caf\ufffd", ()) == 3
+    assert certain("caf\ufffd", ("afé",)) == 1
     assert certain("one stop?", ("stop!",)) == 9
     assert certain("one st", ("stop!", "top")) == 4
 
@@ -385,6 +386,19 @@ def test_keras_hub_samplers(model, image, name, options):
 
 
 # Compilations
+
+
+@pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
+def test_other_programs_stay_with_a_new_sampler(data, image):
+    samplers = pytest.importorskip("keras_hub").samplers
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    for seed in range(2):
+        model.generate(image, "caption", max_new_tokens=2)
+        model.generate(
+            image, "caption", sampler=samplers.RandomSampler(seed=seed), max_new_tokens=2
+        )
+    names = [name[0] for name in model.programs.compilations]
+    assert sorted(names) == ["decode", "keras_hub", "keras_hub", "prefill"]
 
 
 @pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")

@@ -1,6 +1,8 @@
+import gc
 import json
 import re
 import shutil
+import weakref
 
 import keras
 import numpy as np
@@ -332,7 +334,14 @@ def test_programs_are_renewed(batch):
     assert np.abs(adapted - base).max() > 1e-3
     model.merge_lora()
     np.testing.assert_allclose(_log_probs(model, batch), adapted, atol=1e-4)
+    for layer in model.lora_layers().values():  # not by the model
+        layer.unmerge_lora()
+    np.testing.assert_allclose(_log_probs(model, batch), adapted, atol=1e-4)
+    model.merge_lora()
+    kernels = [weakref.ref(layer.lora_kernel_a) for layer in model.lora_layers().values()]
     model.drop_lora()
+    gc.collect()
+    assert all(kernel() is None for kernel in kernels)
     model.quantize("int8", filters="projector")
     assert model.projector.quantization_mode == "int8"
     assert 0 < np.abs(_log_probs(model, batch) - base).max() < 0.5
@@ -444,6 +453,10 @@ def test_keras_file(batch, tmp_path, is_merged):
             np.testing.assert_array_equal(value, weights[path], err_msg=path)
     assert len(loaded.trainable_variables) == 2 * len(loaded.lora_layers())
     assert not loaded.projector.is_merged
+    loaded.freeze("lora_kernel_a")
+    loaded.save(tmp_path / "frozen.keras")
+    frozen = keras.saving.load_model(tmp_path / "frozen.keras")
+    assert len(frozen.trainable_variables) == len(loaded.lora_layers())
 
 
 def test_weights_file(batch, tmp_path):

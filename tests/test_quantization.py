@@ -1,5 +1,8 @@
 """Quantized matrices against NumPy; a quantized model answers, trains and is restored."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -318,6 +321,16 @@ def test_scales_stay_frozen():
     paths = [v.path for v in model.trainable_variables]
     assert paths
     assert not any("/quantized/" in path for path in paths)
+
+
+def test_the_matrices_are_freed():
+    model = keras_pg2.PaliGemma2.from_preset("paligemma2-tiny-digits-112")
+    layers = model._quantizable_layers().values()
+    matrices = [weakref.ref(getattr(layer, f"_{layer.matrix_name}")) for layer in layers]
+    model.quantize("int8")
+    gc.collect()
+    assert matrices
+    assert all(matrix() is None for matrix in matrices)
 
 
 def test_filters_match_paths(picture):

@@ -618,6 +618,10 @@ def test_the_codec_goes_with_the_preset(model, codec, tmp_path):
     own.save(tmp_path / "own.keras")
     loaded = keras_pg2.paligemma.keras.saving.load_model(tmp_path / "own.keras")
     np.testing.assert_array_equal(loaded.get_codec().decode(codes), codec.decode(codes))
+    own.preprocessor = None
+    own.save(tmp_path / "own.keras")
+    loaded = keras_pg2.paligemma.keras.saving.load_model(tmp_path / "own.keras")
+    np.testing.assert_array_equal(loaded.get_codec().decode(codes), codec.decode(codes))
     with pytest.raises(ValueError, match="`codec`"):
         own.use_codec(3)
     with pytest.raises(FileNotFoundError):

@@ -208,6 +208,30 @@ def test_fit_evaluate_predict(tokenizer, columns):
 
 
 @pytest.mark.slow
+def test_saving_within_fit(tokenizer, columns, tmp_path):
+    """By the model itself, not by `callback.model`, which Keras looks after."""
+    model = micro_model(tokenizer)
+    model.enable_lora(rank=2)
+    model.compile(keras.optimizers.SGD(0.01))
+
+    def save(batch, logs):
+        model.save(tmp_path / "model.keras")
+        model.save_to_preset(tmp_path / "preset", overwrite=True)
+        model.save_adapter(tmp_path / "adapter", overwrite=True)
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=save)
+    model.fit(columns, batch_size=5, callbacks=[callback], verbose=0)
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for variable, expected in zip(loaded.variables, model.variables, strict=True):
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (variable, expected)))
+    merged = PaliGemma2.from_preset(tmp_path / "preset", dtype="float32")
+    model.merge_lora()
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(merged.text.blocks[1].attention.query.kernel),
+        ops.convert_to_numpy(model.text.blocks[1].attention.query.kernel),
+    )
+
+
 @pytest.mark.parametrize("position", [0, 9])
 def test_an_error_loses_no_weights(tokenizer, columns, position):
     """A Keras model that does nothing about it loses them with jax."""
@@ -379,6 +403,11 @@ def test_freeze_and_unfreeze(tokenizer, columns):
     model.freeze()
     with pytest.raises(ValueError, match="No weight is trainable"):
         model.fit(columns, verbose=0)
+    model.trainable = False
+    model.unfreeze("projector/kernel")
+    assert [v.path for v in model.trainable_variables] == [model.projector.kernel.path]
+    model.unfreeze()
+    assert len(model.trainable_variables) == len(model.variables)
 
 
 @pytest.mark.slow
