@@ -12,7 +12,6 @@ import functools
 import itertools
 import logging
 import math
-import operator
 import os
 import threading
 import types
@@ -96,14 +95,11 @@ class Programs:
         Args:
             model: keras.Model, whose variables the function reads.
             name: hashable. `function` must do the same whenever the name is the same.
-            function: callable, takes nested structures of tensors and returns one. It must
-                not update the variables of the model.
-            sampler: keras_hub sampler or None, whose variables the function may update. Only
-                the programs of the last one are kept.
+            function: callable, from nested structures of tensors to one; it updates no variable.
+            sampler: keras_hub sampler or None, which may be updated. Programs of one are kept.
             donate: bool, whether the memory of the first argument may be reused, a dict of the
                 structure and shapes of the output. It must not be used again.
-            in_parts: bool, whether tensorflow on a CPU compiles each kind of `part` but not the
-                whole. That takes less time and memory; calls take a little longer.
+            in_parts: bool, whether tensorflow on a CPU compiles `part`s alone, to save memory.
 
         Returns:
             callable with the signature of `function`.
@@ -113,12 +109,9 @@ class Programs:
             variables = model.variables
             merged = [x for x in model._flatten_layers() if getattr(x, "is_merged", False)]
             content = [*variables, *merged]
-            is_same = len(content) == len(self._content) and all(
-                map(operator.is_, content, self._content)
-            )
             if sampler is not None and sampler is not self._sampler:
                 self._sampler_programs, self._sampler = {}, sampler
-            if not is_same:
+            if list(map(id, content)) != list(map(id, self._content)):
                 self._programs, self._sampler_programs, self._parts = {}, {}, {}
                 self._content = content
                 if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
@@ -206,7 +199,7 @@ def _compile_jax(model, function, updated, donate, in_parts):
     jitted = jax.jit(stateless, donate_argnums=(2,) if donate else ())
 
     def run(*args):
-        sync_values(model)
+        model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
         values = [variable.value for variable in model.variables]
         outputs, new_values = jitted(values, [v.value for v in updated], *args)
         for variable, value in zip(updated, new_values):

@@ -119,17 +119,11 @@ class Preprocessor:
         Raises:
             ValueError: if the examples have different numbers of images, or none.
         """
-        for images in examples:
-            if not isinstance(images, (list, tuple)):
-                raise ValueError(
-                    "`images` must be a list of lists, the images of each example. Received: "
-                    f"{images!r:.80}"
-                )
-        counts = {len(images) for images in examples}
+        counts = {isinstance(images, (list, tuple)) and len(images) for images in examples}
         if len(counts) != 1 or 0 in counts:
             raise ValueError(
-                "`images` must hold the same number of images, at least one, for each "
-                f"example. Received: {[len(images) for images in examples]} images"
+                "`images` must be a list of lists, with the same number of images, at least one, "
+                f"for each example. Received: {examples!r:.80}"
             )
         # Threads of this call alone: a pool that stays would hang forked data loaders.
         with concurrent.futures.ThreadPoolExecutor(_num_cores()) as threads:
@@ -174,7 +168,8 @@ class Preprocessor:
             dict of "images" float32 (B, M, I, I, 3), "token_ids" int32 (B, T),
             "padding_mask" bool (B, T) and "suffix_mask" bool (B, T).
         """
-        _check_count(images, prompts)
+        if isinstance(prompts, str) or len(images) != len(prompts):
+            _refuse_counts(images, prompts)
         texts = self.texts_for_generation(prompts, responses)
         return {"images": self.load_images(images), **texts}
 
@@ -204,7 +199,8 @@ class Preprocessor:
                 tokens, else 0. With `reduction="mean_with_sample_weight"` the loss is the
                 mean over examples of the mean over their suffix tokens, as in big_vision.
         """
-        _check_count(images, prompts)
+        if isinstance(prompts, str) or len(images) != len(prompts):
+            _refuse_counts(images, prompts)
         length = self.sequence_length
         shape = (len(prompts), length)
         token_ids = np.full(shape, PAD_ID, "int32")
@@ -228,19 +224,16 @@ class Preprocessor:
         return x, y, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
 
 
-def _check_count(images, prompts):
-    if isinstance(prompts, str) or len(images) != len(prompts):
-        received = repr(prompts) if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise ValueError(
-            "`images` and `prompts` must be lists of one length, an item for each example. "
-            f"Received: {len(images)} examples of images, {received:.80}"
-        )
+def _refuse_counts(images, prompts):
+    raise ValueError(
+        "`images` and `prompts` must be lists of one length, an item for each example. "
+        f"Received: {len(images)} examples of images, prompts={prompts!r:.80}"
+    )
 
 
 def _num_cores():
     """Cores that this process may use; Python counts all."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def align_right(texts, length=0):

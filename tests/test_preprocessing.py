@@ -320,9 +320,13 @@ def test_copies(preprocessor, image):
 def test_batches_are_lists_of_lists(preprocessor, image):
     for images, prompts, message in (
         ([image, image], ["a", "b"], "a list of lists"),
-        (["cat.jpg"], ["a"], "a list of lists.*'cat.jpg'"),
-        ([[image]], "caption en", "lists of one length.*1 examples of images, 'caption en'"),
-        ([[image], [image]], ["a"], "2 examples of images, 1 prompts"),
+        (["cat.jpg"], ["a"], r"a list of lists.*'cat\.jpg'"),
+        (
+            [[image]],
+            "caption en",
+            r"1 examples of images, prompts='caption en'",
+        ),
+        ([[image], [image]], ["a"], r"2 examples of images, prompts=\['a'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             preprocessor.for_generation(images, prompts)
