@@ -119,11 +119,11 @@ class Preprocessor:
         Raises:
             ValueError: if the examples have different numbers of images, or none.
         """
-        counts = {isinstance(images, (list, tuple)) and len(images) for images in examples}
+        counts = {len(x) if isinstance(x, (list, tuple)) else 0 for x in examples}
         if len(counts) != 1 or 0 in counts:
             raise ValueError(
                 "`images` must be a list of lists, with the same number of images, at least one, "
-                f"for each example. Received: {examples!r:.80}"
+                f"for each example. Received: {sorted(counts)} images in {examples!r:.80}"
             )
         # Threads of this call alone: a pool that stays would hang forked data loaders.
         with concurrent.futures.ThreadPoolExecutor(_num_cores()) as threads:
