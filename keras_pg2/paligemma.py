@@ -1050,6 +1050,7 @@ class PaliGemma2(keras.Model):
                 self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
 
     def get_compile_config(self):
+        _backend.sync_values(self)  # the learning rate is a variable
         config = super().get_compile_config()
         return config and {**config, "label_smoothing": self.label_smoothing}
 

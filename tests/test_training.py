@@ -207,7 +207,6 @@ def test_fit_evaluate_predict(tokenizer, columns):
     )
 
 
-@pytest.mark.slow
 def test_saving_within_fit(tokenizer, columns, tmp_path):
     """By the model itself, not by `callback.model`, which Keras looks after."""
     model = micro_model(tokenizer)
@@ -265,6 +264,7 @@ def test_single_batches(tokenizer, columns):
         np.testing.assert_allclose(model.train_on_batch(batch), loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_full_logits(tokenizer, columns):
     """fit's loss equals Keras' own cross-entropy over all logits."""
     model = micro_model(tokenizer)
