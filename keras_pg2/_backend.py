@@ -105,7 +105,7 @@ class Programs:
             callable with the signature of `function`.
         """
         with self._lock:
-            # LoRA and quantization change the variables, and with them every program.
+            # These change every program: other variables, and LoRA that is merged or not.
             variables = model.variables
             merged = [x for x in model._flatten_layers() if getattr(x, "is_merged", False)]
             content = [*variables, *merged]
@@ -297,17 +297,8 @@ def _torch_compile(function):
     return torch.compile(function, dynamic=False)
 
 
-@contextlib.contextmanager
-def values_after_errors(model):
-    """On jax gives the variables of a model their values back after an error in Keras' loops."""
-    try:
-        yield
-    finally:
-        sync_values(model)
-
-
 def sync_values(model):
-    """Gives the variables their values, which Keras holds elsewhere in loops on jax."""
+    """Gives the variables their values, which Keras holds elsewhere in its loops on jax."""
     if BACKEND == "jax":
         model.jax_state_sync()
 
@@ -974,7 +965,12 @@ def to_numpy(tensors):
 
 
 def remove_attribute(layer, name):
-    """Sets an attribute of a layer, a variable or a seed, to None, so that nothing holds it."""
+    """Sets an attribute of a layer to None, so that nothing holds what it was.
+
+    Args:
+        layer: keras.layers.Layer.
+        name: str, of an attribute that is a variable or a `SeedGenerator`.
+    """
     value = getattr(layer, name)
     if isinstance(value, keras.Variable):
         layer._untrack_variable(value)

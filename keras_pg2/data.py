@@ -25,7 +25,12 @@ from PIL import Image
 
 from keras_pg2.checkpoints import io
 from keras_pg2.preprocessing import image_pixels
-from keras_pg2.segmentation import SegmentationCodec, encode_segmentation, location_tokens
+from keras_pg2.segmentation import (
+    SegmentationCodec,
+    encode_segmentation,
+    location_numbers,
+    location_tokens,
+)
 
 _logger = logging.getLogger(__name__)
 _LARGE_FILE, _MANY_ROWS = 10**8, 10**5  # bytes and rows from which progress is shown
@@ -259,8 +264,8 @@ def coco_detection(
 ):
     """Examples of COCO's boxes: "detect cat ; dog" -> "<loc…><loc…><loc…><loc…> cat ; …".
 
-    Pictures without objects are left out, and so are boxes without a width or a height, of which
-    COCO has two.
+    Pictures without objects are left out, and so are boxes without a width or a height in location
+    tokens, of which there are 1,024 a side.
 
     Args:
         annotations: path of the JSON file, with `images`, `annotations` and `categories`.
@@ -518,7 +523,7 @@ def _check_prompt(prompt, choices):
 
 def _has_area(box, height, width):
     """Whether a box still has a width and a height in location tokens."""
-    y1, x1, y2, x2 = location_tokens(box, height, width).replace("><", "> <").split()
+    y1, x1, y2, x2 = location_numbers(box, height, width)
     return y1 < y2 and x1 < x2
 
 

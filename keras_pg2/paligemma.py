@@ -1145,8 +1145,10 @@ class PaliGemma2(keras.Model):
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
             self._prepare("test_function", x)
-        with _backend.values_after_errors(self):
+        try:
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)
+        finally:  # after an error, too
+            _backend.sync_values(self)
 
     def train_on_batch(self, x, y=None, **kwargs):
         """One step on one batch, raw or tokenized, see `keras.Model.train_on_batch`."""
@@ -1185,10 +1187,12 @@ class PaliGemma2(keras.Model):
         if (isinstance(x, dict) and "token_ids" in x) or not batches.is_readable(x):
             if isinstance(x, dict):
                 x = {name: array for name, array in x.items() if name != "loss_mask"}
-            with _backend.values_after_errors(self):
+            try:
                 return super().predict(
                     x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
                 )
+            finally:
+                _backend.sync_values(self)
         data = self._batches(x, None, batch_size)
         # One for all batches, so that the answers are those of another batch size.
         options["seed"] = generation.seed_sequence(options.get("seed"))
@@ -1279,7 +1283,7 @@ class PaliGemma2(keras.Model):
         variables = {
             path: variable
             for path, variable in self.variables_by_path().items()
-            if re.search(pattern, path) and not _is_own(path)
+            if re.search(pattern, path) and not _is_never_trained(path)
         }
         for path, layer in self.lora_layers().items():
             if layer.is_merged:  # it takes no part
@@ -1588,10 +1592,9 @@ class PaliGemma2(keras.Model):
             }
         # A merged LoRA is saved as it was before, and then it was trained.
         merged = tuple(f"{k}/lora_" for k, layer in self.lora_layers().items() if layer.is_merged)
+        frozen = [path for path, v in self.variables_by_path().items() if not v.trainable]
         config["frozen"] = [
-            path
-            for path, variable in self.variables_by_path().items()
-            if not variable.trainable and not path.startswith(merged) and not _is_own(path)
+            path for path in frozen if not path.startswith(merged) and not _is_never_trained(path)
         ]
         config["remat"] = [name for name in ("vision", "text") if getattr(self, name).use_remat]
         return config
@@ -1611,7 +1614,7 @@ class PaliGemma2(keras.Model):
         if lora:
             model.enable_lora_on({path: LoraOptions(**options) for path, options in lora.items()})
         for path, variable in model.variables_by_path().items():
-            if not _is_own(path):
+            if not _is_never_trained(path):
                 variable.trainable = path not in frozen
         model.enable_remat(tuple(remat))
         return model
@@ -1666,14 +1669,14 @@ def _is_seed(path):
     return path.endswith("/seed_generator_state")
 
 
-def _is_own(path):
-    """Whether a variable is one of those that are never trained."""
+def _is_never_trained(path):
+    """Whether a variable holds integers, scales or a random state."""
     return "/quantized/" in path or _is_seed(path)
 
 
 def _is_extra(path):
     """Whether a variable is none of the checkpoint's."""
-    return "/lora_kernel_" in path or _is_own(path)
+    return "/lora_kernel_" in path or _is_never_trained(path)
 
 
 class _Watch(keras.callbacks.Callback):

@@ -736,10 +736,15 @@ def location_tokens(box, height, width):
         >>> location_tokens((0, 28, 56, 112), height=112, width=112)
         '<loc0256><loc0000><loc1023><loc0512>'
     """
+    return "".join(f"<loc{place:04d}>" for place in location_numbers(box, height, width))
+
+
+def location_numbers(box, height, width):
+    """The numbers in `location_tokens`: list of 4 int in [0, 1024), y1, x1, y2, x2."""
     x1, y1, x2, y2 = box
     last = NUM_LOCATIONS - 1
     places = (y1 / height, x1 / width, y2 / height, x2 / width)
-    return "".join(f"<loc{min(max(round(place * last), 0), last):04d}>" for place in places)
+    return [min(max(round(place * last), 0), last) for place in places]
 
 
 def _segments(codes):

@@ -126,7 +126,10 @@ def _recognise(path, config_path, values):
                 )
             preprocessing = values.get("preprocessing") or {}
             if unknown := sorted(set(preprocessing) - {"sequence_length", "interpolation"}):
-                raise ValueError(f"The config {config_path!r} has unknown fields: {unknown}")
+                raise ValueError(
+                    f"`preprocessing` in {config_path!r} has unknown fields: {unknown}. Update "
+                    "keras-pg2, or remove them."
+                )
             return Checkpoint(
                 "preset",
                 PaliGemmaConfig.from_dict(values["config"]),
