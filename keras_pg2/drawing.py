@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from keras_pg2.preprocessing import image_pixels
+from keras_pg2.tasks import Detections
 
 _MASK_OPACITY = 0.45
 _TEXT_SHARE = 0.032  # height of letters, of the mean side of the picture
@@ -28,11 +29,17 @@ def draw(image, detections):
         PIL.Image, RGB.
 
     Raises:
+        TypeError: if `detections` is not of one picture.
         ValueError: if the detections are of a picture of another size.
 
     Example:
         >>> keras_pg2.draw("cat.jpg", model.detect("cat.jpg", "cat")).save("drawn.png")
     """
+    if not isinstance(detections, Detections):
+        raise TypeError(
+            "`detections` must be the Detections of one picture, one item of what `detect` "
+            f"returns for a list. Received: {type(detections).__name__}"
+        )
     levels = image_pixels(image).astype("float32")
     height, width = levels.shape[:2]
     if (width, height) != (detections.width, detections.height):

@@ -1265,10 +1265,10 @@ class PaliGemma2(keras.Model):
 
         Args:
             pattern: regular expression, searched in the paths of the weights, such as "vision" or
-                "text/embedding". All by default.
+                "text/embedding"; or a list of them. All by default.
 
         Raises:
-            ValueError: if it matches nothing.
+            ValueError: if it matches nothing, or is no regular expression.
 
         Example:
             >>> model.freeze("^(vision|projector)/")
@@ -1280,11 +1280,9 @@ class PaliGemma2(keras.Model):
         self._set_trainable(pattern, True)
 
     def _set_trainable(self, pattern, value):
-        variables = {
-            path: variable
-            for path, variable in self.variables_by_path().items()
-            if re.search(pattern, path) and not _is_never_trained(path)
-        }
+        variables = self.variables_by_path()
+        matching = [k for k in _matching("pattern", pattern, variables) if not _is_never_trained(k)]
+        variables = {path: variables[path] for path in matching}
         for path, layer in self.lora_layers().items():
             if layer.is_merged:  # it takes no part
                 variables = {k: v for k, v in variables.items() if f"{path}/lora_" not in k}
@@ -1375,7 +1373,8 @@ class PaliGemma2(keras.Model):
                 the vision tower. Or a list of these.
 
         Raises:
-            ValueError: if an option is out of range, no layer matches, or LoRA is enabled.
+            ValueError: if an option is out of range, no layer matches, `pattern` is no regular
+                expression, or LoRA is enabled.
 
         Example:
             >>> model.enable_lora(rank=8, alpha=16, pattern="all-linear")
@@ -1387,7 +1386,7 @@ class PaliGemma2(keras.Model):
         paths = list(self._linear_layers())
         patterns = [pattern] if isinstance(pattern, str) else pattern
         patterns = [_LORA_PATTERNS.get(name, name) for name in patterns]
-        matching = [path for path in paths if any(re.search(regex, path) for regex in patterns)]
+        matching = _matching("pattern", patterns, paths)
         if not matching:
             raise ValueError(
                 f"`pattern` must match the path of a linear layer, as {paths[:3]} … {paths[-3:]}, "
@@ -1515,32 +1514,28 @@ class PaliGemma2(keras.Model):
                 the projector and the token embedding are quantized; norms never are.
 
         Raises:
-            ValueError: if an option is out of range, or no layer matches that is not quantized.
+            ValueError: if an option is out of range, no layer matches that is not quantized, or
+                `filters` is no regular expression.
 
         Example:
             >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-3b-mix-224")
             >>> model.quantize("int4")
         """
-        patterns = [filters] if isinstance(filters, str) else filters
         layers = {k: v for k, v in self._quantizable_layers().items() if v.quantized is None}
         if callable(filters):
-            matching = {path: layer for path, layer in layers.items() if filters(layer)}
+            matching = [path for path, layer in layers.items() if filters(layer)]
         else:
-            matching = {
-                path: layer
-                for path, layer in layers.items()
-                if patterns is None or any(re.search(regex, path) for regex in patterns)
-            }
+            matching = list(layers) if filters is None else _matching("filters", filters, layers)
         if not matching:
             raise ValueError(
                 "`filters` must match a layer that is not quantized yet, as "
                 f"{list(layers)[:3]}. Received: filters={filters!r}"
             )
         group_size_of(mode, config)  # raises before anything is changed
-        for layer in matching.values():  # all, before one is changed
-            layer.check_quantizable()
-        for layer in matching.values():
-            layer.quantize(mode, config=config)
+        for path in matching:  # all, before one is changed
+            layers[path].check_quantizable()
+        for path in matching:
+            layers[path].quantize(mode, config=config)
         self._renew_programs()
 
     def _check_quantize_args(self, mode, compute_dtype):
@@ -1663,6 +1658,19 @@ class _Holder:
 @functools.cache
 def _official_codec():
     return SegmentationCodec.from_file()
+
+
+def _matching(argument, patterns, paths):
+    """list of the paths in which a regular expression, or any of a list of them, is found."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    try:
+        patterns = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(
+            f"`{argument}` must be a regular expression. Received: {argument}={error.pattern!r}: "
+            f"{error}"
+        ) from error
+    return [path for path in paths if any(pattern.search(path) for pattern in patterns)]
 
 
 def _is_seed(path):

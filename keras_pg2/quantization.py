@@ -441,8 +441,7 @@ def _encode_int8(values, _):
     """Codes int8 (r, C) and scales (r,) of float32 (r, C)."""
     # Scales are rounded first, so that the codes make up for it.
     scales = (np.abs(values).max(axis=1) / 127).astype("bfloat16")
-    divisors = np.where(scales == 0, 1, scales).astype("float32")[:, None]
-    return np.clip(np.rint(values / divisors), -127, 127).astype("int8"), scales
+    return np.clip(np.rint(values / _divisors(scales)[:, None]), -127, 127).astype("int8"), scales
 
 
 def _encode_int4(values, group_size):
@@ -452,11 +451,16 @@ def _encode_int4(values, group_size):
     values = values.reshape(len(values), groups, group_size)
     lowest, highest = values.min(axis=2), values.max(axis=2)
     scales = ((highest - lowest) / 15).astype("bfloat16")
-    divisors = np.where(scales == 0, 1, scales).astype("float32")
     offsets = (lowest + 8 * scales.astype("float32")).astype("bfloat16")
-    codes = np.rint((values - offsets.astype("float32")[..., None]) / divisors[..., None]) + 8
-    codes = np.clip(codes, 0, 15).astype("uint8").reshape(len(values), -1)
+    codes = np.rint((values - offsets.astype("float32")[..., None]) / _divisors(scales)[..., None])
+    codes = np.clip(codes + 8, 0, 15).astype("uint8").reshape(len(values), -1)
     return _packed(codes, group_size), np.stack([scales, offsets], axis=-1).swapaxes(0, 1)
+
+
+def _divisors(scales):
+    """Scales as float32, 1 where they are 0. NumPy 2.0 crashes in `where` of bfloat16."""
+    scales = scales.astype("float32")
+    return np.where(scales == 0, 1, scales)
 
 
 def _packed(codes, group_size):

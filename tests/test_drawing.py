@@ -89,6 +89,8 @@ def test_boxes_at_the_border():
 def test_another_picture():
     with pytest.raises(ValueError, match="640 × 480"):
         draw(np.zeros((10, 10, 3), "uint8"), scene())
+    with pytest.raises(TypeError, match=r"the Detections of one picture.* Received: list"):
+        draw(Image.new("L", (640, 480)), [scene()])
 
 
 def test_a_picture_looks_as_it_did(data):

@@ -382,6 +382,8 @@ def test_model_errors():
         ValueError, match=r"`pattern` must match .*vision/.*\['attention', 'all-lin"
     ):
         model.enable_lora(pattern="txt/")
+    with pytest.raises(ValueError, match=r"`pattern` must be a regular expression.*'\*/query'"):
+        model.enable_lora(pattern=["attention", "*/query"])
     for options in ({"rank": 0}, {"rank": 2.5}, {"dropout": 1}, {"alpha": -1}):
         with pytest.raises(ValueError, match="Received: "):
             model.enable_lora(**options)

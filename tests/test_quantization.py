@@ -348,6 +348,8 @@ def test_filters_match_paths(picture):
     assert isinstance(model.caption(picture), str)
     with pytest.raises(ValueError, match="must match a layer that is not quantized yet"):
         model.quantize("int8", filters="^text/")
+    with pytest.raises(ValueError, match=r"`filters` must be a regular expression.*'\['"):
+        model.quantize("int8", filters=["vision", "["])
     with pytest.raises(ValueError, match="cannot be written in this format"):
         model.save_to_preset("nowhere")
 

@@ -398,6 +398,8 @@ def test_freeze_and_unfreeze(tokenizer, columns):
         model.fit(columns, verbose=0)
     with pytest.raises(ValueError, match=r"must match the path of a weight.*'vison'"):
         model.freeze("vison")
+    with pytest.raises(ValueError, match=r"pattern='\(vision': missing \), unterminated"):
+        model.freeze("(vision")
     with pytest.raises(ValueError, match="'audio'"):
         model.enable_remat(["audio"])
     model.freeze()
