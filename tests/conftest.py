@@ -1,5 +1,6 @@
 """Fixtures: a tiny model of fixed random weights, its tokenizer, and pictures."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -21,8 +22,11 @@ for _BACKEND, _PACKAGE, _KNOWN in [
 ]:
     if os.environ.get("KERAS_BACKEND") == _BACKEND and version(_PACKAGE).startswith(_KNOWN):
         os.environ.setdefault(
-            "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+            "XLA_FLAGS",
+            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+            "--xla_cpu_parallel_codegen_split_count=1",
         )
+gc.set_threshold(100_000, 20, 100)  # graphs are many objects, and few are garbage
 
 import keras
 import numpy as np
