@@ -1152,15 +1152,16 @@ class PaliGemma2(keras.Model):
 
     def train_on_batch(self, x, y=None, **kwargs):
         """One step on one batch, raw or tokenized, see `keras.Model.train_on_batch`."""
-        return super().train_on_batch(self._one_batch(x, y), y, **kwargs)
+        return super().train_on_batch(self._one_batch(x, y, kwargs), y, **kwargs)
 
     def test_on_batch(self, x, y=None, **kwargs):
         """The metrics of one batch, raw or tokenized, see `keras.Model.test_on_batch`."""
-        return super().test_on_batch(self._one_batch(x, y), y, **kwargs)
+        return super().test_on_batch(self._one_batch(x, y, kwargs), y, **kwargs)
 
-    def _one_batch(self, x, y):
+    def _one_batch(self, x, y, options):
         if self._compile_loss is not None:
             return x
+        _refuse_weights(options)
         data, count = ([x], 1) if isinstance(x, dict) else (x, len(x))
         ((prepared,),) = self._batches(data, y, count).arrays()
         return prepared

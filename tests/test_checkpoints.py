@@ -35,7 +35,7 @@ def test_tables_cover_every_variable_once(variant, format):
 @pytest.mark.parametrize("layout", ["old", "new", "v5saved", "in_memory_5x"])
 def test_all_layouts_of_transformers(data, model, layout):
     layouts = json.loads((data / "hf_key_layouts_paligemma2.json").read_text())
-    found = {names.canonical_name(key) for key in layouts[layout]} - set(names.HUGGING_FACE_IGNORED)
+    found = {names.canonical_name(key) for key in layouts[layout]} - set(names.HUGGING_FACE_HEADS)
     assert found == {spec.name for spec in names.tensor_specs("hf", model.config)}
 
 
@@ -259,6 +259,42 @@ def test_tokenizer_of_another_model(data):
         )
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_the_tied_matrix_may_have_the_name_of_the_head(folder, model, inputs, name, caplog):
+    tensors = _tensors(folder)
+    tensors[name] = tensors.pop("language_model.model.embed_tokens.weight")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    loaded = PaliGemma2.from_preset(folder, dtype="float32")
+    assert not caplog.records
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(loaded(inputs)), ops.convert_to_numpy(model(inputs))
+    )
+
+
+def test_what_no_answer_needs_is_left_out(folder):
+    tensors = _tensors(folder)
+    tensors["vision_tower.vision_model.head.probe"] = np.zeros((1, 1, 8), "float32")
+    tensors["vision_tower.head.probe"] = np.zeros((1, 1, 8), "float32")
+    positions = np.arange(9, dtype="int64")[None]
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = positions
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, "float32")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    PaliGemma2.from_preset(folder)
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.scale"] = np.zeros(4, "float32")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"Unknown tensors \(1\): .*rotary_emb\.scale"):
+        PaliGemma2.from_preset(folder)
+
+
+def test_rows_of_added_tokens_are_told_of(folder, caplog):
+    tensors = _tensors(folder)
+    name = "language_model.model.embed_tokens.weight"
+    tensors[name] = np.pad(tensors[name], ((0, 3), (0, 0)))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    PaliGemma2.from_preset(folder)
+    assert "has 3 more rows than PaliGemma's" in caplog.text
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_stored_heads_are_ignored(folder, model, inputs, is_tied, caplog):
     tensors = _tensors(folder)
@@ -474,6 +510,24 @@ def test_bfloat16_npz_round_trip(data, tmp_path):
         assert archive["params/img/head/bias"].dtype.str == "|V2"  # as big_vision releases it
 
 
+def test_parts_of_a_keras_hub_checkpoint(data, tmp_path):
+    """keras_hub writes parts of 10 GB."""
+    keras_hub = pytest.importorskip("keras_hub")
+    folder = data / "keras_hub_tiny_paligemma2"
+    backbone = keras_hub.models.PaliGemmaBackbone.from_preset(str(folder))
+    backbone.save_to_preset(str(tmp_path), max_shard_size=0.0005)
+    parts = sorted(tmp_path.glob("*.h5"))
+    assert len(parts) == 2
+    loaded = _read(presets.find_checkpoint(tmp_path).weights())
+    _assert_equal(loaded, _read(presets.find_checkpoint(folder).weights()))
+    parts[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"model_00001\.weights\.h5'\.$"):
+        PaliGemma2.from_preset(tmp_path)
+    (tmp_path / "model.weights.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.weights\.h5', and 'model\.weights\.json'"):
+        PaliGemma2.from_preset(tmp_path)
+
+
 def test_keras_hub_loads_what_we_write(data, tmp_path):
     keras_hub = pytest.importorskip("keras_hub")
     folder = data / "keras_hub_tiny_paligemma2"
@@ -542,6 +596,32 @@ def test_nothing_is_overwritten(model, tmp_path):
     with pytest.raises(FileExistsError, match="other things than a checkpoint"):
         model.save_to_preset(tmp_path / "home", overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("format", ["preset", "hf", "keras-hub"])
+def test_other_things_in_a_checkpoint_are_not_lost(model, tmp_path, format):
+    def save():
+        model._save(tmp_path / "out", format, overwrite=True)
+
+    save()
+    save()
+    (tmp_path / "out" / "adapter_model.safetensors").write_text("hours")
+    with pytest.raises(
+        FileExistsError, match=r"would be lost: adapter_model\.safetensors\. Choose"
+    ):
+        save()
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_text() == "hours"
+
+
+def test_a_link_and_the_home_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save_to_preset("~/old")
+    old = (tmp_path / "old" / "config.json").stat().st_ino
+    (tmp_path / "link").symlink_to("old")
+    model.save_to_preset("~/link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "old" / "config.json").stat().st_ino != old
+    assert presets.find_checkpoint("~/link").config == model.config
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -262,6 +262,10 @@ def test_single_batches(tokenizer, columns):
         np.testing.assert_allclose(model.test_on_batch(batch), loss, rtol=1e-5)
         model.reset_metrics()
         np.testing.assert_allclose(model.train_on_batch(batch), loss, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"\['sample_weight'\] have no effect"):
+        model.train_on_batch(x, sample_weight=np.zeros(10))
+    with pytest.raises(ValueError, match=r"\['class_weight'\] have no effect"):
+        model.test_on_batch(x, class_weight={0: 1})
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import logging
 import math
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -30,6 +31,13 @@ _LOG = logging.getLogger(__name__)
 _EMBEDDING = "text/embedding/embeddings"
 _POSITIONS = "vision/position_embedding"
 _MAX_SHARD_BYTES = 5 * 10**9
+# What `overwrite` may replace in a folder: files of the formats, and of the hubs.
+_FILE_OF_A_CHECKPOINT = re.compile(
+    r"(generation_|preprocessor_|processor_|tokenizer_)?config\.json|tokenizer\.(model|json)"
+    r"|(added_tokens|special_tokens_map|metadata|preprocessor|image_converter|task)\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|model(_\d+)?\.weights\.(h5|json)"
+    r"|segmentation\.safetensors|chat_template\.\w+|assets|\.gitattributes|\.cache"
+)
 HUGGING_FACE_FILLER_ROWS = 64  # after the vocabulary; the first of them is `<image>`
 
 
@@ -65,12 +73,55 @@ class LazyTensor:
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def read_safetensors(folder, file_name="model.safetensors"):
+def shards(folder, file_name, index_name):
+    """Paths of a file, or, if there is none, of the parts that an index lists.
+
+    Args:
+        folder: str.
+        file_name: str.
+        index_name: str, of a JSON file with a "weight_map", whose values are names of files, or
+            lists of them.
+
+    Returns:
+        list of str.
+
+    Raises:
+        FileNotFoundError: if there is neither, or a part is missing.
+        ValueError: if the index is damaged.
+    """
+    index = os.path.join(folder, index_name)
+    parts = [file_name]
+    if os.path.exists(index) and not os.path.exists(os.path.join(folder, file_name)):
+        try:
+            with open(index, encoding="utf-8") as file:
+                values = json.load(file)["weight_map"].values()
+            parts = {
+                part for value in values for part in (value if isinstance(value, list) else [value])
+            }
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"The file {index!r} is damaged: {error}") from error
+    for part in parts:
+        if not isinstance(part, str) or part != os.path.basename(part):
+            raise ValueError(
+                f"The file {index!r} must name files of its own folder. Received: {part!r}"
+            )
+        path = os.path.join(folder, part)
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"The checkpoint lacks the file {path!r}"
+                + (f", and {index_name!r}, an index of its parts." if part == file_name else ".")
+            )
+    return [os.path.join(folder, part) for part in sorted(parts)]
+
+
+def read_safetensors(folder, file_name="model.safetensors", unused=None):
     """Tensors of a file, or, if there is none, of the shards that `<file_name>.index.json` lists.
 
     Args:
         folder: str.
         file_name: str.
+        unused: compiled regular expression or None; tensors in whose names it is found are left
+            out.
 
     Returns:
         dict of name to LazyTensor.
@@ -79,23 +130,8 @@ def read_safetensors(folder, file_name="model.safetensors"):
         FileNotFoundError: if neither exists, or a shard is missing.
         ValueError: if a file is damaged, or has tensors of other dtypes than floats.
     """
-    index = os.path.join(folder, f"{file_name}.index.json")
-    shards = [file_name]
-    if os.path.exists(index) and not os.path.exists(os.path.join(folder, file_name)):
-        try:
-            with open(index) as file:
-                shards = sorted(set(json.load(file)["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"The file {index!r} is damaged: {error}") from error
     tensors = {}
-    for shard in shards:
-        if not isinstance(shard, str) or shard != os.path.basename(shard):
-            raise ValueError(
-                f"The file {index!r} must name files of its own folder. Received: {shard!r}"
-            )
-        path = os.path.join(folder, shard)
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"The checkpoint lacks the file {path!r}.")
+    for path in shards(folder, file_name, f"{file_name}.index.json"):
         try:
             with safetensors.safe_open(path, "np"):  # checks the header and the file's length
                 pass
@@ -105,7 +141,7 @@ def read_safetensors(folder, file_name="model.safetensors"):
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         for name, entry in header.items():
-            if name == "__metadata__":
+            if name == "__metadata__" or (unused and unused.search(name)):
                 continue
             if entry["dtype"] not in _SAFETENSORS_DTYPES:
                 raise ValueError(
@@ -272,9 +308,13 @@ def to_ours(tensors, format, config):
     """
     if format == "hf":
         tensors = {names.canonical_name(name): tensor for name, tensor in tensors.items()}
+        heads = [head for head in names.HUGGING_FACE_HEADS if head in tensors]
+        if heads and names.HUGGING_FACE_EMBEDDING not in tensors:  # one name of the tied matrix
+            tensors[names.HUGGING_FACE_EMBEDDING] = tensors.pop(heads[0])
     specs = names.tensor_specs(format, config)
     _check_names(specs, tensors, format)
-    _warn_of_untied_head(tensors)
+    if format == "hf":
+        _warn_of_changed_ends(tensors, config)
 
     def lazy(spec):
         def read():
@@ -356,23 +396,31 @@ def resize_positions(weights, config, image_size):
     return {**weights, _POSITIONS: LazyTensor(shape, tensor.dtype, read)}
 
 
-def _warn_of_untied_head(tensors):
-    for head in names.HUGGING_FACE_IGNORED:
-        if head in tensors:
-            embedding = tensors[names.HUGGING_FACE_EMBEDDING].read()
-            if not np.array_equal(tensors[head].read(), embedding):
-                _LOG.warning(
-                    "The head %r differs from the embedding, to which PaliGemma ties it. It is "
-                    "ignored: the answers will not be those of the model that was trained.",
-                    head,
-                )
+def _warn_of_changed_ends(tensors, config):
+    """Of what somebody changed at the input and output, and we do not take over."""
+    embedding = tensors[names.HUGGING_FACE_EMBEDDING]
+    added = embedding.shape[0] - config.text.vocab_size - HUGGING_FACE_FILLER_ROWS
+    if added > 0:
+        _LOG.warning(
+            "The embedding has %d more rows than PaliGemma's, of tokens that were added. They are "
+            "left out: prompts and answers with these tokens will not be those of the model that "
+            "was trained.",
+            added,
+        )
+    for head in names.HUGGING_FACE_HEADS:
+        if head in tensors and not np.array_equal(tensors[head].read(), embedding.read()):
+            _LOG.warning(
+                "The head %r differs from the embedding, to which PaliGemma ties it. It is "
+                "ignored: the answers will not be those of the model that was trained.",
+                head,
+            )
 
 
 def _check_names(specs, tensors, format):
     groups = collections.defaultdict(list)
     for spec in specs:
         groups[spec.name].append(spec)
-    ignored = names.HUGGING_FACE_IGNORED if format == "hf" else ()
+    ignored = names.HUGGING_FACE_HEADS if format == "hf" else ()
     missing = sorted(set(groups) - set(tensors))
     extra = sorted(set(tensors) - set(groups) - set(ignored))
     wrong = []
@@ -418,20 +466,21 @@ def replace_when_done(path, overwrite=False, num_bytes=0):
         str, a path in a new temporary folder on the same disk.
 
     Raises:
-        FileExistsError: if `path` exists and `overwrite` is False, or is a folder of other things
-            than a checkpoint.
+        FileExistsError: if `path` exists and `overwrite` is False, or is a folder that holds
+            other things than a checkpoint.
         OSError: if the disk is too full.
     """
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.realpath(os.path.expanduser(path))
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(
             f"{path!r} exists already. Choose another path, or pass `overwrite=True`."
         )
-    is_checkpoint = os.path.isfile(os.path.join(path, "config.json"))
-    if os.path.isdir(path) and os.listdir(path) and not is_checkpoint:
+    entries = os.listdir(path) if os.path.isdir(path) else []
+    others = [name for name in entries if not _FILE_OF_A_CHECKPOINT.fullmatch(name)]
+    if others or (entries and "config.json" not in entries):
         raise FileExistsError(
-            f"The folder {path!r} holds other things than a checkpoint, which would be lost. "
-            "Choose another path."
+            f"The folder {path!r} holds other things than a checkpoint, which would be lost: "
+            f"{shorten(others or entries, 5)}. Choose another path."
         )
     os.makedirs(os.path.dirname(path), exist_ok=True)
     free = shutil.disk_usage(os.path.dirname(path)).free

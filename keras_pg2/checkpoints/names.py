@@ -67,7 +67,11 @@ HUGGING_FACE_RENAMES = (  # regular expression, replacement; applied in this ord
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 HUGGING_FACE_EMBEDDING = "language_model.model.embed_tokens.weight"
-HUGGING_FACE_IGNORED = ("lm_head.weight", "language_model.lm_head.weight")  # tied
+HUGGING_FACE_HEADS = ("lm_head.weight", "language_model.lm_head.weight")  # tied to it
+# SigLIP's pooling head, and tables that older versions stored.
+HUGGING_FACE_UNUSED = re.compile(
+    r"vision_tower\.(vision_model\.)?head\.|\.position_ids$|\.inv_freq$"
+)
 
 _BIG_VISION = """
 params/img/embedding/kernel                                                         vision/patch_embedding/kernel             p q c D -> (p q c) D

@@ -10,7 +10,7 @@ import re
 import keras
 import tqdm
 
-from keras_pg2.checkpoints import io
+from keras_pg2.checkpoints import io, names
 from keras_pg2.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
 
 FORMATS = ("preset", "hf", "keras-hub", "big-vision")
@@ -52,14 +52,14 @@ class Checkpoint:
             ValueError: if files are damaged or do not fit the config.
         """
         if self.format == "keras-hub":
-            path = os.path.join(self.path, "model.weights.h5")
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"The checkpoint lacks the file {path!r}.")
-            tensors = io.read_h5(path)
+            tensors = {}
+            for path in io.shards(self.path, "model.weights.h5", "model.weights.json"):
+                tensors |= io.read_h5(path)
         elif self.format == "big-vision":
             tensors = io.read_npz(self.path)
         else:
-            tensors = io.read_safetensors(self.path)
+            unused = names.HUGGING_FACE_UNUSED if self.format == "hf" else None
+            tensors = io.read_safetensors(self.path, unused=unused)
         return io.to_ours(tensors, self.format, self.config)
 
 
@@ -82,7 +82,7 @@ def find_checkpoint(preset):
         PermissionError: if a licence must be accepted first.
         ValueError: if it is no PaliGemma checkpoint.
     """
-    path = os.fspath(preset)
+    path = os.path.expanduser(preset)
     if not os.path.exists(path):
         if path == TINY:
             path = str(pathlib.Path(__file__).parents[1] / "tiny" / TINY)
