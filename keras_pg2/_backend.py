@@ -799,6 +799,9 @@ def matmul(x, kernel):
     return _torch_matmul(x, kernel)
 
 
+_LAYOUT_LOCK = threading.Lock()
+
+
 def _torch_matmul(x, kernel):
     is_variable = isinstance(kernel, keras.Variable)
     matrix = kernel.value if is_variable else kernel
@@ -810,8 +813,11 @@ def _torch_matmul(x, kernel):
         return torch.matmul(x, matrix)
     rows = x.reshape(-1, x.shape[-1])
     is_few = len(rows) <= (_MAX_FEW_ROWS if _has_tiles(x) or _is_slow(x) else 1)
-    if is_few and is_variable:
-        _lay_out(kernel)
+    if is_variable and not torch.compiler.is_compiling():
+        with _LAYOUT_LOCK:
+            if is_few:
+                _lay_out(kernel)
+            matrix = matrix.detach()  # holds its memory, should another thread lay it out now
     if _is_in_float32(rows):
         return _times_in_float32(rows, matrix).to(x.dtype).view(*x.shape[:-1], -1)
     return _few_times(x, matrix) if is_few else torch.matmul(x, matrix)

@@ -125,12 +125,12 @@ class Preprocessor:
                 "`images` must be a list of lists, with the same number of images, at least one, "
                 f"for each example. Received: {sorted(counts)} images in {examples!r:.80}"
             )
+        # Each picture once: two threads cannot load one PIL image.
         # Threads of this call alone: a pool that stays would hang forked data loaders.
+        distinct = {id(image): image for images in examples for image in images}
         with concurrent.futures.ThreadPoolExecutor(_num_cores()) as threads:
-            flat = list(
-                threads.map(self.load_image, [image for images in examples for image in images])
-            )
-        return np.stack(flat).reshape(len(examples), counts.pop(), *flat[0].shape)
+            loaded = dict(zip(distinct, threads.map(self.load_image, distinct.values())))
+        return np.array([[loaded[id(image)] for image in images] for images in examples])
 
     # Texts
 

@@ -372,3 +372,14 @@ def test_examples_from_arrays(image):
 def test_examples_must_be_as_many(images, prompts, responses):
     with pytest.raises(ValueError, match=r"as many.*Received: \d images, \d prompts"):
         batch_examples(images, prompts, responses)
+
+
+def test_one_open_picture_many_times(preprocessor, tmp_path):
+    """PIL reads its pixels at the first use, which two threads cannot do at once."""
+    levels = np.random.default_rng(0).integers(0, 256, (600, 600, 3), "uint8")
+    Image.fromarray(levels).save(tmp_path / "noise.png")
+    expected = preprocessor.load_image(tmp_path / "noise.png")
+    for _ in range(3):
+        opened = Image.open(tmp_path / "noise.png")
+        loaded = preprocessor.load_images([[opened, opened], [opened, opened]])
+        np.testing.assert_array_equal(loaded, np.broadcast_to(expected, loaded.shape))
