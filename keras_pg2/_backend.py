@@ -61,6 +61,7 @@ else:
 
 
 _state = threading.local()
+_layout_lock = threading.Lock()
 _onednn = types.SimpleNamespace(lock=threading.Lock(), num_without=0, was_enabled=None)
 
 
@@ -799,9 +800,6 @@ def matmul(x, kernel):
     return _torch_matmul(x, kernel)
 
 
-_LAYOUT_LOCK = threading.Lock()
-
-
 def _torch_matmul(x, kernel):
     is_variable = isinstance(kernel, keras.Variable)
     matrix = kernel.value if is_variable else kernel
@@ -814,10 +812,10 @@ def _torch_matmul(x, kernel):
     rows = x.reshape(-1, x.shape[-1])
     is_few = len(rows) <= (_MAX_FEW_ROWS if _has_tiles(x) or _is_slow(x) else 1)
     if is_variable and not torch.compiler.is_compiling():
-        with _LAYOUT_LOCK:
-            if is_few:
-                _lay_out(kernel)
-            matrix = matrix.detach()  # holds its memory, should another thread lay it out now
+        if is_few:
+            _lay_out(kernel)
+        with _layout_lock:  # what it refers to stays, should another thread lay the kernel out
+            matrix = matrix.detach()
     if _is_in_float32(rows):
         return _times_in_float32(rows, matrix).to(x.dtype).view(*x.shape[:-1], -1)
     return _few_times(x, matrix) if is_few else torch.matmul(x, matrix)
@@ -890,7 +888,9 @@ def _lay_out(kernel):
     is_low = matrix.device.type == "cpu" and matrix.dtype in (torch.bfloat16, torch.float16)
     if is_low and matrix.stride(0) != 1:
         with torch.inference_mode(False), torch.no_grad():  # so that it can still be trained
-            matrix.data = matrix.data.t().contiguous().t()
+            laid_out = matrix.data.t().contiguous().t()
+            with _layout_lock:
+                matrix.data = laid_out
 
 
 @contextlib.contextmanager

@@ -510,17 +510,17 @@ def test_bfloat16_npz_round_trip(data, tmp_path):
         assert archive["params/img/head/bias"].dtype.str == "|V2"  # as big_vision releases it
 
 
-def test_parts_of_a_keras_hub_checkpoint(data, tmp_path):
-    """keras_hub writes parts of 10 GB."""
+def test_shards_of_a_keras_hub_checkpoint(data, tmp_path):
+    """keras_hub writes shards of 10 GB."""
     keras_hub = pytest.importorskip("keras_hub")
     folder = data / "keras_hub_tiny_paligemma2"
     backbone = keras_hub.models.PaliGemmaBackbone.from_preset(str(folder))
     backbone.save_to_preset(str(tmp_path), max_shard_size=0.0005)
-    parts = sorted(tmp_path.glob("*.h5"))
-    assert len(parts) == 2
+    shards = sorted(tmp_path.glob("*.h5"))
+    assert len(shards) == 2
     loaded = _read(presets.find_checkpoint(tmp_path).weights())
     _assert_equal(loaded, _read(presets.find_checkpoint(folder).weights()))
-    parts[1].unlink()
+    shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"model_00001\.weights\.h5'\.$"):
         PaliGemma2.from_preset(tmp_path)
     (tmp_path / "model.weights.json").unlink()

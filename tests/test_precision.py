@@ -188,6 +188,27 @@ def cpu(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone changes layouts")
+@pytest.mark.parametrize("cpu", ["avx512_bf16"], indirect=True)
+def test_a_kernel_may_be_laid_out_while_it_is_read(cpu, monkeypatch):
+    """As by another thread, which decodes its first token: the memory that is read stays."""
+    kernel = keras.Variable(np.eye(64), dtype="bfloat16")
+    product = _backend.torch.matmul
+
+    def matmul(x, matrix):
+        place = matrix.data_ptr()
+        _backend._lay_out(kernel)
+        assert kernel.value.data_ptr() != place
+        assert matrix.data_ptr() == place
+        return product(x, matrix)
+
+    monkeypatch.setattr(_backend.torch, "matmul", matmul)
+    x = ops.convert_to_tensor(np.ones((300, 64)), "bfloat16")
+    with _backend.torch.inference_mode():
+        output = _backend.matmul(x, kernel)
+    assert ops.convert_to_numpy(ops.cast(output, "float32")).tolist() == [[1.0] * 64] * 300
+
+
 @pytest.mark.parametrize("num_rows", [1, 3, 9])
 def test_few_rows(cpu, num_rows):
     """Their product is the same, and the kernel, which may change its layout, trains on.

@@ -73,8 +73,8 @@ class LazyTensor:
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def shards(folder, file_name, index_name):
-    """Paths of a file, or, if there is none, of the parts that an index lists.
+def shard_paths(folder, file_name, index_name):
+    """Paths of a file, or, if there is none, of the shards that an index lists.
 
     Args:
         folder: str.
@@ -86,32 +86,31 @@ def shards(folder, file_name, index_name):
         list of str.
 
     Raises:
-        FileNotFoundError: if there is neither, or a part is missing.
+        FileNotFoundError: if there is neither, or a shard is missing.
         ValueError: if the index is damaged.
     """
     index = os.path.join(folder, index_name)
-    parts = [file_name]
+    shards = [file_name]
     if os.path.exists(index) and not os.path.exists(os.path.join(folder, file_name)):
         try:
             with open(index, encoding="utf-8") as file:
                 values = json.load(file)["weight_map"].values()
-            parts = {
-                part for value in values for part in (value if isinstance(value, list) else [value])
-            }
+            lists = [value if isinstance(value, list) else [value] for value in values]
+            shards = {shard for listed in lists for shard in listed}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"The file {index!r} is damaged: {error}") from error
-    for part in parts:
-        if not isinstance(part, str) or part != os.path.basename(part):
+    for shard in shards:
+        if not isinstance(shard, str) or shard != os.path.basename(shard):
             raise ValueError(
-                f"The file {index!r} must name files of its own folder. Received: {part!r}"
+                f"The file {index!r} must name files of its own folder. Received: {shard!r}"
             )
-        path = os.path.join(folder, part)
+        path = os.path.join(folder, shard)
         if not os.path.exists(path):
             raise FileNotFoundError(
                 f"The checkpoint lacks the file {path!r}"
-                + (f", and {index_name!r}, an index of its parts." if part == file_name else ".")
+                + (f", and {index_name!r}, an index of shards." if shard == file_name else ".")
             )
-    return [os.path.join(folder, part) for part in sorted(parts)]
+    return [os.path.join(folder, shard) for shard in sorted(shards)]
 
 
 def read_safetensors(folder, file_name="model.safetensors", unused=None):
@@ -131,7 +130,7 @@ def read_safetensors(folder, file_name="model.safetensors", unused=None):
         ValueError: if a file is damaged, or has tensors of other dtypes than floats.
     """
     tensors = {}
-    for path in shards(folder, file_name, f"{file_name}.index.json"):
+    for path in shard_paths(folder, file_name, f"{file_name}.index.json"):
         try:
             with safetensors.safe_open(path, "np"):  # checks the header and the file's length
                 pass

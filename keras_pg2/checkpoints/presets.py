@@ -53,7 +53,7 @@ class Checkpoint:
         """
         if self.format == "keras-hub":
             tensors = {}
-            for path in io.shards(self.path, "model.weights.h5", "model.weights.json"):
+            for path in io.shard_paths(self.path, "model.weights.h5", "model.weights.json"):
                 tensors |= io.read_h5(path)
         elif self.format == "big-vision":
             tensors = io.read_npz(self.path)
