@@ -425,7 +425,7 @@ def _looped(function, tensors, max_length):
         start = index * part_length
         parts = []
         for x in (outputs, *tensors[1:]):
-            starts = [start if axis == 1 else 0 for axis in range(len(x.shape))]
+            starts = [ops.cast(start if axis == 1 else 0, "int32") for axis in range(len(x.shape))]
             parts.append(ops.slice(x, starts, (x.shape[0], part_length, *x.shape[2:])))
         return write(outputs, function(*parts), start)
 
@@ -677,7 +677,7 @@ def write(buffer, values, index, axis=1):
     def squeezed(x):
         return ops.reshape(x, [-1 if x.shape[i] is None else x.shape[i] for i in axes])
 
-    start = [index if i == axis else 0 for i in axes]
+    start = [ops.cast(index if i == axis else 0, "int32") for i in axes]
     written = ops.slice_update(squeezed(buffer), start, squeezed(values))
     return ops.reshape(written, ops.shape(buffer))
 
@@ -928,8 +928,9 @@ def refined(rounded, x, take):
     """
     shape, size = rounded.shape, rounded.shape[-1]
     products, rows = rounded.float().view(-1, size), x.float().reshape(-1, x.shape[-1])
-    for product, row, places in zip(products, rows, _largest(products)):
-        product[places] = take(places) @ row
+    with torch.autocast("cpu", enabled=False):
+        for product, row, places in zip(products, rows, _largest(products)):
+            product[places] = take(places) @ row
     return products.view(shape)
 
 
@@ -963,6 +964,11 @@ def fastest_dtype():
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability")
         return "bfloat16" if capability is None or capability[0] >= 8 else "float16"
     return "bfloat16" if tf.config.list_physical_devices("TPU") else "float32"
+
+
+def to_tensors(arrays):
+    """Tensors of a nested structure of arrays, of their dtypes whatever `floatx` is."""
+    return keras.tree.map_structure(lambda x: ops.convert_to_tensor(x, ops.dtype(x)), arrays)
 
 
 def to_numpy(tensors):
@@ -1119,7 +1125,10 @@ def unpack_int4(codes, tile=None):
 
 def halves_of_int4(codes):
     """Lower and upper halves of bytes: two tensors 0 … 15, uint8 of the shape of `codes`."""
-    return ops.bitwise_and(codes, 15), ops.right_shift(codes, 4)
+    if BACKEND == "torch":  # Keras would copy each number to the device first
+        return codes & 15, codes >> 4
+    mask, bits = ops.cast(15, "uint8"), ops.cast(4, "uint8")
+    return ops.bitwise_and(codes, mask), ops.right_shift(codes, bits)
 
 
 def take_int4(codes, rows, tile):

@@ -244,10 +244,10 @@ def token_steps(
     The caller sends a bool (B,) array back, the rows that it declares done.
     """
     inputs, cache_length, buffer_length = _pad_to_buckets(model, inputs, max_new_tokens)
-    inputs = tree.map_structure(ops.convert_to_tensor, inputs)
+    inputs = _backend.to_tensors(inputs)
     if _is_keras_hub(sampler):
         if grammar is not None:
-            raise ValueError("A grammar does not work with the samplers of keras_hub.")
+            raise ValueError("A keras_hub sampler takes no grammar, nor `constrained=True`.")
         yield _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens), None
         return
     choice, method, is_beam = {}, sampler, isinstance(sampler, Beam)
@@ -271,20 +271,19 @@ def token_steps(
         # With int4 a token takes long anyway, and memory counts.
         in_parts=getattr(model.text.embedding.quantized, "mode", None) == "int4",
     )
-    state = prefill(inputs, tree.map_structure(ops.convert_to_tensor, choice))
+    state = prefill(inputs, _backend.to_tensors(choice))
     while True:
         names = ("best_tokens", "best_log_probs") if is_beam else ("tokens", "log_probs")
-        tokens, log_probs, count, done = _backend.to_numpy(
-            [state[name] for name in (*names, "count", "done")]
-        )
+        outputs = [state[name] for name in (*names, "count", "done")]
+        tokens, log_probs, count, done = _backend.to_numpy(outputs)
         stopped = yield tokens[:, :count], log_probs[:, :count]
         if not is_beam:  # beam search may still find a better answer than one that ended
             done = done | stopped
         if count >= max_new_tokens or done.all():
             return
         limit = min(count + num_steps(), max_new_tokens)
-        state["done"] = ops.convert_to_tensor(done)
-        state = advance(state, ops.convert_to_tensor(np.int32(limit)))
+        state["done"], limit = _backend.to_tensors([done, np.int32(limit)])
+        state = advance(state, limit)
 
 
 def _sample_inputs(sampler, seeds, length, vocab_size):
@@ -293,7 +292,7 @@ def _sample_inputs(sampler, seeds, length, vocab_size):
     return {
         "uniforms": np.stack([1 - rng.random(length, "float32") for rng in streams]),
         "temperature": np.float32(sampler.temperature),
-        "top_k": np.int32(sampler.top_k or vocab_size),
+        "top_k": np.int32(min(sampler.top_k or vocab_size, vocab_size)),
         "top_p": np.float32(sampler.top_p or 1),
     }
 
@@ -330,14 +329,13 @@ def _prefill(model, method, inputs, choice, cache_length, buffer_length):
     """Runs the prefix and chooses the first token; `choice` is what `method` needs to choose."""
     logits, _, cache = model.prefill(inputs, cache_length)
     batch_size, length = logits.shape[0], inputs["token_ids"].shape[1]
-    rows = (batch_size, buffer_length)
     state = {
         "cache": cache,
         "index": ops.convert_to_tensor(model.num_image_tokens(inputs) + length, "int32"),
         "count": ops.zeros((), "int32"),
         "done": ops.zeros((batch_size,), "bool"),
-        "tokens": ops.full(rows, PAD_ID, "int32"),
-        "log_probs": ops.zeros(rows, "float32"),
+        "tokens": ops.full((batch_size, buffer_length), PAD_ID, "int32"),
+        "log_probs": ops.zeros((batch_size, buffer_length), "float32"),
         **choice,
     }
     if "grammar" in state:
@@ -397,15 +395,14 @@ def _choose(method, state, logits):
         token = ops.cast(ops.argmax(logits, axis=-1), "int32")
     done = state["done"]
     log_prob = ops.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+    log_prob = ops.where(done, 0.0, log_prob)
     token = ops.where(done, PAD_ID, token)
     if "grammar" in state:
         state = _follow_grammar(state, token)
     return state | {
         "token": token,
         "tokens": _backend.write(state["tokens"], token[:, None], state["count"]),
-        "log_probs": _backend.write(
-            state["log_probs"], ops.where(done, 0.0, log_prob)[:, None], state["count"]
-        ),
+        "log_probs": _backend.write(state["log_probs"], log_prob[:, None], state["count"]),
         "count": state["count"] + 1,
         "done": ops.logical_or(done, token == EOS_ID),
     }
@@ -427,7 +424,7 @@ def _follow_grammar(state, token):
     then = ops.take(grammar["next"], state["place"], axis=0)
     then = ops.take_along_axis(then, token_class[:, None], axis=1)[:, 0]
     return state | {
-        "place": ops.maximum(then, 0),  # rows that are done stay anywhere
+        "place": ops.where(then < 0, 0, then),  # rows that are done stay anywhere
         "recent": ops.stack([state["recent"][:, 1], token], axis=1),
     }
 
@@ -435,11 +432,10 @@ def _follow_grammar(state, token):
 def _filter(logits, top_k, top_p):
     """Rules out all but the most likely tokens: `top_k`, then those that reach `top_p`."""
     ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
-    lowest = ops.take(ordered, ops.minimum(top_k, logits.shape[-1]) - 1, axis=-1)[:, None]
+    lowest = ops.take(ordered, top_k - 1, axis=-1)[:, None]
     ordered = ops.where(ordered < lowest, _NEVER, ordered)
     cumulative = ops.cumsum(ops.softmax(ordered, axis=-1), axis=-1)
-    num_below = ops.sum(ops.cast(cumulative < top_p, "int32"), axis=-1, keepdims=True)
-    last = ops.minimum(num_below, logits.shape[-1] - 1)
+    last = ops.sum(ops.cast(cumulative[:, :-1] < top_p, "int32"), axis=-1, keepdims=True)
     lowest = ops.maximum(lowest, ops.take_along_axis(ordered, last, axis=-1))
     return ops.where(logits < lowest, _NEVER, logits)
 
@@ -483,7 +479,7 @@ def _choose_beams(sampler, state, log_probs):
         return ops.reshape(ops.take_along_axis(candidates, chosen, axis=-1), (-1,))
 
     token = ops.cast(pick(top_tokens), "int32")
-    rows = ops.reshape(parent + ops.arange(batch_size)[:, None] * beams, (-1,))
+    rows = ops.reshape(parent + ops.arange(batch_size, dtype="int32")[:, None] * beams, (-1,))
 
     def extend(array, values):
         array = ops.reshape(_take_beams(array, parent), (batch_size * beams, -1))
@@ -556,7 +552,7 @@ def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
 
     program = model.programs.get(
         model,
-        ("keras_hub", cache_length, max_new_tokens),
+        ("keras_hub", cache_length, max_new_tokens, repr(sampler.get_config())),
         function,
         sampler=sampler,
     )
@@ -606,17 +602,11 @@ def score_suffixes(model, inputs, suffixes, batch_size):
     programs = model.programs
     read_prefix = programs.get(model, ("read_prefix", cache_length), read_prefix, in_parts=True)
     score = programs.get(model, ("score", start), score)
-    state = read_prefix(tree.map_structure(ops.convert_to_tensor, inputs))
-    scores = [
-        _backend.to_numpy(
-            score(
-                *state,
-                ops.convert_to_tensor(token_ids[row : row + batch_size]),
-                ops.convert_to_tensor(weights[row : row + batch_size]),
-            )
-        )
-        for row in range(0, len(token_ids), batch_size)
-    ]
+    state = read_prefix(_backend.to_tensors(inputs))
+    scores = []
+    for row in range(0, len(token_ids), batch_size):
+        batch = (array[row : row + batch_size] for array in (token_ids, weights))
+        scores.append(_backend.to_numpy(score(*state, *_backend.to_tensors([*batch]))))
     return np.concatenate(scores)[:count]
 
 

@@ -87,7 +87,7 @@ def token_losses(
         if not is_differentiable:
             return counts * losses, hits, None, None
         gradient = ops.exp(logits - log_total[..., None]) - other
-        gradient = gradient - ops.where(is_target, 1 - label_smoothing - other, 0.0)
+        gradient = ops.where(is_target, gradient - (1 - label_smoothing - other), gradient)
         if slope is not None:
             gradient = gradient * slope
         # Weights come last: times 1 / 1,000 the gradients would underflow in float16.

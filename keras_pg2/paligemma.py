@@ -704,7 +704,7 @@ class PaliGemma2(keras.Model):
         batches = [([[image] for image in images[i : i + batch_size]],) for i in starts]
         encoded = []
         for arrays in _backend.prefetch(load, batches):
-            encoded += list(program(ops.convert_to_tensor(arrays)))
+            encoded += list(program(_backend.to_tensors(arrays)))
         results = [EncodedImage(x, *image_size(image)) for x, image in zip(encoded, images)]
         return results[0] if is_single else results
 
@@ -742,6 +742,7 @@ class PaliGemma2(keras.Model):
             inputs, is_single = self._align(examples), False
         else:
             *columns, is_single = examples
+            columns[0] = self._encode_once(columns[0])
             inputs = self._inputs(*columns)
         seeds = generation.row_seeds(seed, len(inputs["token_ids"]))
         pieces = generation.stream_batch(self, inputs, sampler, max_new_tokens, stop, seeds)
@@ -931,7 +932,7 @@ class PaliGemma2(keras.Model):
             >>> model.describe_region("cat.jpg", (31, 14, 402, 330))
             'cat'
         """
-        is_each = np.ndim(boxes) > 1
+        is_each = np.iterable(boxes) and any(map(np.iterable, boxes))
         prompts = [""] * len(boxes) if is_each else ""
         images, _, _, is_single = batch_examples(images, prompts)
         if any(len(row) != 1 for row in images):

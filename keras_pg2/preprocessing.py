@@ -283,10 +283,12 @@ def batch_examples(images, prompts, responses=None):
     one_prompt = isinstance(prompts, str)
     images = [images] if one_image else list(images)
     images = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
-    if not one_prompt and not isinstance(prompts, collections.abc.Iterable):
-        raise ValueError(f"`prompts` must be a str or a list of str. Received: {prompts!r:.80}")
-    prompts = [prompts] if one_prompt else list(prompts)
     one_response = responses is None or isinstance(responses, str)
+    for name, texts in (("prompts", prompts), ("responses", responses)):
+        is_none = name == "responses" and texts is None
+        if not is_none and not isinstance(texts, collections.abc.Iterable):
+            raise ValueError(f"`{name}` must be a str or a list of str. Received: {texts!r:.80}")
+    prompts = [prompts] if one_prompt else list(prompts)
     responses = [responses or ""] if one_response else list(responses)
     count = len(prompts) if one_image else len(images)
     images = images * count if one_image else images
@@ -429,7 +431,8 @@ def image_levels(image):
 def _opened(path):
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"No such image file: {path!r}")
+        name = "image file, but a folder" if os.path.isdir(path) else "such image file"
+        raise FileNotFoundError(f"No {name}: {path!r}")
     try:
         return Image.open(path)
     except PermissionError:
@@ -461,7 +464,8 @@ def _pil_levels(image, name):
             grey = np.asarray(image).astype("float32")
             has_16_bits = image.mode != "I" or grey.max() > 255
             image = Image.fromarray(grey / 257 if has_16_bits else grey)
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        if image.mode != "RGB":  # La is converted by way of LA alone
+            image = (image.convert("LA") if image.mode == "La" else image).convert("RGB")
         # In strips that fit in a cache: as a whole Pillow copies it three times.
         levels = np.empty((image.height, image.width, 3), "uint8")
         for top in range(0, image.height, 128):

@@ -381,7 +381,7 @@ class SegmentationCodec(keras.Model):
                 batch = np.concatenate(
                     [batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)]
                 )
-            output = program(ops.convert_to_tensor(batch))
+            output = program(_backend.to_tensors(batch))
             outputs.append(_backend.to_numpy(output)[:count])
         return np.concatenate(outputs) if outputs else np.zeros(0, "float32")
 

@@ -49,16 +49,19 @@ def question_prompt(answer, lang="en"):
 
 def region_prompt(box, width, height):
     """The prefix that asks what is in a box; see `PaliGemma2.describe_region`."""
-    box = np.asarray(box, "float64")
-    is_box = box.shape == (4,) and np.isfinite(box).all()
-    if not is_box or not (box[0] < box[2] and box[1] < box[3]):
+    try:
+        x1, y1, x2, y2 = map(float, box)
+        is_box = x1 < x2 and y1 < y2 and np.isfinite([x1, y1, x2, y2]).all()
+    except (TypeError, ValueError):  # no numbers, or not 4
+        is_box = False
+    if not is_box:
         raise ValueError(
             "A box must be 4 numbers (x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2. "
-            f"Received: {box.tolist()}"
+            f"Received: {box}"
         )
-    if not (box[0] < width and box[1] < height and box[2] > 0 and box[3] > 0):
+    if not (x1 < width and y1 < height and x2 > 0 and y2 > 0):
         raise ValueError(
-            f"A box must overlap its picture of {width} × {height} pixels. Received: {box.tolist()}"
+            f"A box must overlap its picture of {width} × {height} pixels. Received: {box}"
         )
     return f"caption {location_tokens(box, height, width)}"
 
@@ -329,7 +332,9 @@ def read_detections(generation, tokenizer, things, width, height, codec=None):
     if generation.log_probs is not None:
         score = _span_scores(generation, tokenizer)
     found = _detections(generation.text, width, height, codec, score)
-    if EOS_ID in generation.token_ids or not found.text.strip():
+    # Before a stop string an answer is shorter than its tokens.
+    is_stopped = tokenizer.decode(generation.token_ids) != generation.text
+    if is_stopped or EOS_ID in generation.token_ids or not found.text.strip():
         return found
     if found.items and found.text.rstrip().endswith(found.items[-1].text):
         last = found.items[-1]

@@ -196,6 +196,16 @@ def test_the_first_piece_needs_no_decoding(model, image, monkeypatch):
     )
 
 
+def test_stream_encodes_one_picture_once(model, image, monkeypatch):
+    expected = model.generate(image, PROMPTS[:2], max_new_tokens=6)
+    encoded, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda picture: encoded.append(picture) or encode(picture))
+    pieces = list(model.stream(image, PROMPTS[:2], max_new_tokens=6))
+    assert ["".join(column) for column in zip(*pieces)] == expected
+    assert len(encoded) == 1
+    assert encoded[0] is image
+
+
 def test_stream_of_beams(model, image):
     expected = model.generate(image, "ocr", max_new_tokens=6, sampler="beam")
     assert "".join(model.stream(image, "ocr", max_new_tokens=6, sampler="beam")) == expected
@@ -311,7 +321,8 @@ def test_the_same_text_on_every_backend(model, image):
 def _tokens(sampler, logits, uniforms):
     logits = ops.convert_to_tensor(np.array(logits, "float32")) / sampler.temperature
     if sampler.top_k or sampler.top_p:
-        logits = generation_module._filter(logits, sampler.top_k or 4, sampler.top_p or 1.0)
+        inputs = generation_module._sample_inputs(sampler, [0], 1, logits.shape[-1])
+        logits = generation_module._filter(logits, int(inputs["top_k"]), inputs["top_p"])
     uniforms = ops.convert_to_tensor(np.array(uniforms, "float32"))
     return ops.convert_to_numpy(generation_module._sample(logits, uniforms)).tolist()
 
@@ -383,6 +394,20 @@ def test_keras_hub_samplers(model, image, name, options):
     if name == "RandomSampler":  # its seed generator moves on
         again = model.generate([image, image[::-1]], PROMPTS[:2], sampler=sampler, max_new_tokens=6)
         assert again != answers
+
+
+def test_a_keras_hub_sampler_may_be_changed(model, image):
+    sampler = pytest.importorskip("keras_hub").samplers.TopKSampler(k=50, seed=0)
+    expected = model.generate(image, "ocr", max_new_tokens=6)
+    assert model.generate(image, "ocr", max_new_tokens=6, sampler=sampler) != expected
+    sampler.k = 1
+    assert model.generate(image, "ocr", max_new_tokens=6, sampler=sampler) == expected
+
+
+def test_a_keras_hub_sampler_takes_no_grammar(model, image):
+    sampler = pytest.importorskip("keras_hub").samplers.GreedySampler()
+    with pytest.raises(ValueError, match="keras_hub sampler takes no grammar"):
+        model.detect(image, "cat", constrained=True, sampler=sampler)
 
 
 # Compilations
@@ -566,6 +591,14 @@ def test_bad_samplers(sampler, options):
 def test_long_prompt(model, image):
     with pytest.raises(ValueError, match=r"at most 8192 tokens.*9 image tokens \+ \d+ tokens"):
         model.generate(image, "word " * 5000)
+
+
+def test_bad_texts(model, image):
+    with pytest.raises(ValueError, match=r"`prompts` must be a str or a list of str. Received: 3"):
+        model.generate(image, 3)
+    for responses in (0, 3):
+        with pytest.raises(ValueError, match=rf"`responses` must be .* Received: {responses}"):
+            model.generate(image, "ocr", responses)
 
 
 def test_bad_dicts(model, image):

@@ -1,5 +1,7 @@
 """bfloat16 stays near float32; float16 does not overflow where a naive forward pass does."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -137,6 +139,45 @@ def test_generation_in_low_precision(data, model, image, dtype):
     log_probs = ops.convert_to_numpy(ops.log_softmax(low(x), axis=-1))[0]
     expected = [log_probs[length - 1 + i, token] for i, token in enumerate(answer.token_ids)]
     np.testing.assert_allclose(answer.log_probs, expected, atol=0.5 if dtype == "bfloat16" else 0.1)
+
+
+@contextlib.contextmanager
+def _floatx(name):
+    before = keras.config.floatx()
+    keras.config.set_floatx(name)
+    yield
+    keras.config.set_floatx(before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "backend", "dtype"),
+    [
+        ("floatx", _backend.BACKEND, "float32"),
+        ("x64", "jax", "float32"),
+        ("autocast", "torch", "bfloat16"),
+    ],
+)
+def test_settings_of_a_process(data, image, setting, backend, dtype):
+    if backend != _backend.BACKEND:
+        pytest.skip(f"a setting of {backend}")
+
+    def answers():
+        model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype)
+        options = {"max_new_tokens": 4, "seed": 1}
+        found = model.detect(image, "cat", constrained=True, sampler="top_p", **options)
+        beams = model.generate(image, ["ocr", "caption en"], sampler="beam", **options)
+        return [found.text, *beams], model.score(image, "ocr", ["a", "b"])
+
+    expected, scores = answers()
+    contexts = {
+        "floatx": lambda: _floatx("bfloat16"),
+        "x64": lambda: pytest.importorskip("jax").enable_x64(True),
+        "autocast": lambda: pytest.importorskip("torch").autocast("cpu"),
+    }
+    with contexts[setting]():
+        texts, others = answers()
+    assert texts == expected
+    np.testing.assert_allclose(others, scores, rtol=1e-5 if dtype == "float32" else 0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -78,7 +78,9 @@ def test_a_little_overshoot_is_clipped(preprocessor, image):
     assert levels.max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "La", "P", "RGBA", "RGBa", "CMYK", "YCbCr", "I", "I;16", "F"]
+)
 def test_every_pil_mode(preprocessor, mode):
     levels = np.tile(np.linspace(0, 255, 64).astype("uint8"), (64, 1))
     image = Image.fromarray(levels)
@@ -86,7 +88,7 @@ def test_every_pil_mode(preprocessor, mode):
         image = Image.fromarray(levels.astype("uint16") * 257)
         image = image.convert("I") if mode == "I" else image
     else:
-        image = image if mode == "F" else image.convert("RGB")
+        image = image.convert({"F": "F", "La": "LA", "RGBa": "RGBA"}.get(mode, "RGB"))
         image = image.quantize(64) if mode == "P" else image.convert(mode)
     assert image.mode == mode
     row = _levels(preprocessor.load_image(image))[28, :, 1]

@@ -85,6 +85,9 @@ def test_lists_of_things(things, expected):
         (lambda: tasks.region_prompt((0, 0, float("inf"), 3), 10, 10), "4 numbers"),
         (lambda: tasks.region_prompt((1, 2, 1, 3), 10, 10), "x1 < x2"),
         (lambda: tasks.region_prompt((1, 2, 3), 10, 10), "4 numbers"),
+        (lambda: tasks.region_prompt((1, 2, 3, [4, 5]), 10, 10), "4 numbers"),
+        (lambda: tasks.region_prompt(("a", 2, 3, 4), 10, 10), "4 numbers"),
+        (lambda: tasks.region_prompt(3, 10, 10), "4 numbers"),
         (lambda: tasks.region_prompt((11, 2, 13, 4), 10, 10), "overlap"),
     ],
 )
@@ -248,6 +251,14 @@ def test_what_was_cut_off_is_left_out(tokenizer, caplog, text, end, labels):
     found = read_detections(answer, tokenizer, ["cat", "red dog"], WIDTH, HEIGHT)
     assert [item.label for item in found] == labels
     assert len(caplog.records) == (text not in ("", whole) and not end)
+
+
+def test_before_a_stop_string_nothing_is_cut_off(tokenizer, caplog):
+    token_ids = np.array(tokenizer.encode(f"{CAT} tabby ; <loc0001>"), "int32")
+    answer = Generation(f"{CAT} tabby", token_ids, np.zeros(len(token_ids), "float32"))
+    (item,) = read_detections(answer, tokenizer, ["cat"], WIDTH, HEIGHT)
+    assert item.label == "tabby"
+    assert not caplog.records
 
 
 @hypothesis.settings(max_examples=1000, deadline=None)
@@ -452,6 +463,8 @@ def test_texts_are_those_of_generate(model, image, monkeypatch):
     ]
     with pytest.raises(ValueError, match="must be as many"):
         model.describe_region([image] * 3, boxes)
+    with pytest.raises(ValueError, match=r"4 numbers.*Received: \(1, 2, 3\)"):
+        model.describe_region(image, [(0, 0, 30, 25), (1, 2, 3)])
 
 
 @pytest.mark.parametrize("sampler", ["greedy", "top_p", "beam"])

@@ -214,7 +214,10 @@ def _download_kaggle(handle):
 
 
 def _hugging_face_config(values):
-    """transformers' config.json, old and new; missing fields have the defaults of its classes."""
+    """transformers' config.json, old and new.
+
+    What published ones leave out has the defaults of its classes.
+    """
     vision, text = values["vision_config"], values["text_config"]
     is_gemma2 = text["model_type"] == "gemma2"
     rope = text.get("rope_parameters") or {}
