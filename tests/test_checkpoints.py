@@ -397,6 +397,11 @@ def test_what_is_no_checkpoint(folder, tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="no JSON"):
         PaliGemma2.from_preset(folder)
+    with pytest.raises(FileNotFoundError, match=r"`keras\.models\.load_model` reads"):
+        PaliGemma2.from_preset("model.keras")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"`model\.load_adapter` reads"):
+        PaliGemma2.from_preset(tmp_path)
 
 
 def test_unknown_fields_of_a_preset(model, tmp_path):

@@ -10,7 +10,7 @@ import re
 import keras
 import tqdm
 
-from keras_pg2.checkpoints import io, names
+from keras_pg2.checkpoints import adapters, io, names
 from keras_pg2.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
 
 FORMATS = ("preset", "hf", "keras-hub", "big-vision")
@@ -101,10 +101,16 @@ def find_checkpoint(preset):
         return Checkpoint("big-vision", _big_vision_config(shapes, path), path)
     config_path = os.path.join(path, "config.json")
     if not os.path.exists(config_path):
+        hint = ""
+        if path.endswith(".keras"):
+            hint = ". `keras.models.load_model` reads .keras files"
+        elif os.path.exists(os.path.join(path, adapters.CONFIG_FILE)):
+            hint = ". `model.load_adapter` reads adapters"
         raise FileNotFoundError(
             f"`preset` must be an official name such as 'paligemma2-3b-mix-224', {TINY!r}, "
             "hf://org/repo, kaggle://owner/model/framework/variation, or the path of a folder with "
-            f"a config.json or of a big_vision .npz file. Received: preset={os.fspath(preset)!r}"
+            "a config.json or of a big_vision .npz file. "
+            f"Received: preset={os.fspath(preset)!r}{hint}"
         )
     with open(config_path, encoding="utf-8") as file:
         try:
