@@ -164,9 +164,9 @@ def test_settings_of_a_process(data, image, setting, backend, dtype):
     def answers():
         model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype)
         options = {"max_new_tokens": 4, "seed": 1}
-        found = model.detect(image, "cat", constrained=True, sampler="top_p", **options)
-        beams = model.generate(image, ["ocr", "caption en"], sampler="beam", **options)
-        return [found.text, *beams], model.score(image, "ocr", ["a", "b"])
+        found = model.detect(image, "cat", constrained=True, sampler="beam", **options)
+        sampled = model.generate(image, "ocr", sampler="top_p", **options)
+        return [found.text, sampled], model.score(image, "ocr", ["a", "b"])
 
     expected, scores = answers()
     contexts = {
