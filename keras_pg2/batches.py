@@ -225,6 +225,7 @@ class Batches(data_adapter.DataAdapter):
         return self.arrays()
 
     def get_jax_iterator(self):
+        _check_parts(self._batch_size)
         return self.arrays()
 
     def get_torch_dataloader(self):
@@ -392,6 +393,19 @@ def _is_batch(item):
 
 def _batch_length(batch):
     return len(next(batch[name] for name in (*_PROMPTS, "token_ids") if name in batch))
+
+
+def _check_parts(batch_size):
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return
+    num_parts, num_processes = distribution.num_model_replicas, distribution.num_processes
+    if batch_size * num_processes % num_parts:
+        raise ValueError(
+            f"The current distribution splits batches in {num_parts} equal parts. Received: "
+            f"batch_size={batch_size}"
+            + (f" in each of {num_processes} processes" if num_processes > 1 else "")
+        )
 
 
 def _length(data):

@@ -10,12 +10,13 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import keras
 import numpy as np
+import pytest
 
 import keras_pg2
 from keras_pg2.config import GemmaConfig, SiglipConfig
 
 
-def train(config, distribution):
+def train(config, distribution, batch_size=8):
     keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(0)
     model = keras_pg2.PaliGemma2(config)
@@ -31,7 +32,7 @@ def train(config, distribution):
         "padding_mask": np.ones((16, 12), bool),
         "suffix_mask": suffix,
     }
-    losses = model.fit(data, batch_size=8, epochs=2, verbose=0).history["loss"]
+    losses = model.fit(data, batch_size=batch_size, epochs=2, verbose=0).history["loss"]
     return losses, num_parts(model)
 
 
@@ -70,6 +71,8 @@ def main():
     expected, _ = train(config, None)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[1] < losses[0]
+    with pytest.raises(ValueError, match=r"batches in 2 equal parts\. Received: batch_size=3$"):
+        train(config, parallel, batch_size=3)
     assert devices["text/block_0/mlp/up/kernel"] == 8
     assert devices["text/block_0/attention/query/kernel"] == 8
     assert devices["text/block_0/attention/key/kernel"] == 2  # two heads, four devices
