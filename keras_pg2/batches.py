@@ -232,18 +232,24 @@ class Batches(data_adapter.DataAdapter):
         return data_adapter_utils.get_torch_dataloader(self.arrays())
 
     def get_tf_dataset(self):
-        shapes = self.shapes
+        first = self._prepare(self._first_batch())
+        shapes = _shapes(first)
 
         def arrays():
             for batch in self.arrays():
                 if _shapes(batch) != shapes:
                     raise ValueError(
-                        "With TensorFlow all batches of tokenized data must have the same fields "
-                        f"and shapes. Received: {dict(shapes)} and {dict(_shapes(batch))}"
+                        "With TensorFlow all batches must have the same fields and shapes. "
+                        f"Received: {dict(shapes)} and {dict(_shapes(batch))}"
+                    )
+                if len(batch[0]["token_ids"]) > self._batch_size:
+                    raise ValueError(
+                        "With TensorFlow no batch may have more examples than the first. Received: "
+                        f"{self._batch_size} and {len(batch[0]['token_ids'])}"
                     )
                 yield batch
 
-        return _backend.tf_dataset(arrays, self._prepare(self._first_batch()))
+        return _backend.tf_dataset(arrays, first)
 
     def _first_batch(self):
         return self._first if self._in_batches else [self._first]
@@ -307,19 +313,21 @@ def columns_of(batch):
     Raises:
         ValueError: if a field is missing.
     """
+    received = batch[0] if isinstance(batch, list) else batch
     if isinstance(batch, list):
+        fields = [name for name in received if name in (*_IMAGES, *_PROMPTS, *_RESPONSES)]
         for example in batch:
-            if missing := sorted(set(batch[0]) - set(example)):
+            if missing := sorted(set(fields) - set(example)):
                 raise ValueError(
                     f"All examples must have the same fields. One lacks {missing}: {example!r:.200}"
                 )
-        batch = {name: [example[name] for example in batch] for name in batch[0]}
+        batch = {name: [example[name] for example in batch] for name in fields}
     found = [
         next((batch[name] for name in names if name in batch), None)
         for names in (_IMAGES, _PROMPTS, _RESPONSES)
     ]
     if found[0] is None or found[1] is None:
-        raise ValueError(f"Data must be {_FORMS}. Received a dict with {sorted(batch)}")
+        raise ValueError(f"Data must be {_FORMS}. Received a dict with {sorted(received)}")
     images, prompts, responses = map(_items, found)
     images, prompts, filled, _ = batch_examples(images, prompts, responses)
     return images, prompts, None if responses is None else filled

@@ -206,8 +206,10 @@ def _image_paths(names):
             )
             if not found:
                 raise FileNotFoundError(f"The folder {name!r} has no pictures.")
-        elif os.path.exists(name) or not glob.has_magic(name):
+        elif os.path.exists(name):
             found = [name]
+        elif not glob.has_magic(name):
+            raise FileNotFoundError(f"No such image file: {name!r}")
         else:
             found = sorted(glob.glob(name, recursive=True))
             if not found:
@@ -221,7 +223,11 @@ def _drawn_paths(names, paths, out):
     if out is None:
         return {}
     drawn = {paths[0]: out}
-    if paths != names or len(paths) > 1 or os.path.isdir(out) or out.endswith(os.sep):
+    is_png = out.lower().endswith(".png") and not os.path.isdir(out)
+    if len(paths) > 1 and (is_png or os.path.isfile(out)):
+        raise ValueError(f"--draw needs a folder for several pictures. Received: {out!r}")
+    is_folder = os.path.isdir(out) or out.endswith(os.sep) or names != paths or len(paths) > 1
+    if is_folder and not is_png:
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
         drawn = {path: os.path.join(out, f"{name}.png") for path, name in zip(paths, names)}
     if len(set(drawn.values())) < len(paths):

@@ -133,7 +133,7 @@ def jsonl(path, image_folder=None, *, prefix=None, check_images=True, on_error="
 
     Source: big_vision `datasets/jsonl.py`.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     checks = _Checks(on_error, check_images)
     reader = _JsonLines(path, _folder(path, image_folder), prefix, checks)
     return checks.examples(reader.read, len(reader), shard, path)
@@ -211,8 +211,9 @@ def write_jsonl(path, examples, *, overwrite=False):
         ...     "train.jsonl", [{"image": image, "prefix": "caption en", "suffix": "a cat"}]
         ... )
     """
-    path = os.fspath(path)
-    folder = os.path.dirname(os.path.abspath(path))
+    # Without links, since ".." after one leads elsewhere.
+    path = os.path.realpath(os.path.expanduser(path))
+    folder = os.path.dirname(path)
     image_folder = os.path.splitext(os.path.basename(path))[0] + "_images"
 
     def name(image):
@@ -429,7 +430,7 @@ class _Scene:
 
 def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
     """Pictures with at least one object, as _Scene."""
-    source = os.fspath(annotations)
+    source = os.path.expanduser(annotations)
     data, pictures = _read_coco(source, image_folder, checks)
     categories = {}
     for rank, category in enumerate(_field(data, "categories", list, source)):
@@ -462,6 +463,8 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                     if box is None or not _has_area(box, height, width):
                         num_empty += 1
                         continue
+                    if isinstance(segmentation, list):
+                        _check_overlap(segmentation, box)
                     objects.append(_Object(*categories[category], box, segmentation))
         if objects:
             yield _Scene(image["id"], path, height, width, objects)
@@ -592,6 +595,17 @@ def _check_segmentation(segmentation, height, width):
                 )
 
 
+def _check_overlap(polygons, box):
+    for polygon in polygons:
+        x, y = polygon[::2], polygon[1::2]
+        if min(x) <= box[2] and max(x) >= box[0] and min(y) <= box[3] and max(y) >= box[1]:
+            return
+    raise ValueError(
+        "`segmentation` must overlap `bbox`, which is x, y, width, height. "
+        f"Received: polygons {polygons!r:.80} outside of x1, y1, x2, y2 = {box}."
+    )
+
+
 def _mask(item, height, width):
     """bool (height, width). What is too thin to hold the centre of a pixel fills its box."""
     if isinstance(item.segmentation, dict):
@@ -708,7 +722,7 @@ def vqa(
         raise ValueError(f"`prefix` must hold '{{question}}'. Received: prefix={prefix!r}")
     if answer not in ("most common", "random"):
         raise ValueError(f"`answer` must be 'most common' or 'random'. Received: answer={answer!r}")
-    source = os.fspath(questions)
+    source = os.path.expanduser(questions)
     checks = _Checks(on_error, check_images)
     folder = _folder(source, image_folder)
     data = _load_json(source)
@@ -717,7 +731,7 @@ def vqa(
     coco_name = f"COCO_{subtype}_{{image_id:012d}}.jpg" if subtype else None
     answers = {}
     if annotations is not None:
-        annotations = os.fspath(annotations)
+        annotations = os.path.expanduser(annotations)
         for position, row in enumerate(
             _table(_load_json(annotations), ("annotations", "data"), annotations)
         ):
@@ -768,7 +782,7 @@ def _named(image_name, row):
         )
     try:
         return image_name.format_map(row)
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"The name {image_name!r} cannot be made from the fields {sorted(row)}: {error}."
         ) from error
@@ -834,8 +848,12 @@ class _Checks:
             )
         if not count:
             raise ValueError(f"{source} has no examples, or none that is right.")
-        index, shards = (0, 1) if shard is None else shard
-        if not 0 <= index < shards:
+        try:
+            index, shards = (0, 1) if shard is None else map(operator.index, shard)
+            is_shard = 0 <= index < shards
+        except (TypeError, ValueError):  # no integers, or not two
+            is_shard = False
+        if not is_shard:
             raise ValueError(
                 f"`shard` must be (index, count) with 0 <= index < count. Received: shard={shard!r}"
             )
@@ -870,7 +888,7 @@ def _examples(rows, checks, shard, source, suffixes=None):
 
 
 def _folder(path, image_folder):
-    return os.path.dirname(path) if image_folder is None else os.fspath(image_folder)
+    return os.path.dirname(path) if image_folder is None else os.path.expanduser(image_folder)
 
 
 def _parse(text):

@@ -320,7 +320,7 @@ class PaliGemma2(keras.Model):
             *(path, format, self.config, self.weights_by_path(), self.preprocessor),
             dtype=dtype,
             overwrite=overwrite,
-            codec=self._codec_content() if format == "preset" else None,
+            codec=self._codec_content(),
             verbose=self.count_params() > 10**8,
         )
 
@@ -1159,6 +1159,11 @@ class PaliGemma2(keras.Model):
         """The metrics of one batch, raw or tokenized, see `keras.Model.test_on_batch`."""
         return super().test_on_batch(self._one_batch(x, y, kwargs), y, **kwargs)
 
+    def predict_on_batch(self, x):
+        """`predict` of one batch, raw or tokenized."""
+        is_raw = batches.is_readable(x) and not (isinstance(x, dict) and "token_ids" in x)
+        return self.predict(x, verbose=0) if is_raw else super().predict_on_batch(x)
+
     def _one_batch(self, x, y, options):
         if self._compile_loss is not None:
             return x
@@ -1665,6 +1670,11 @@ def _official_codec():
 def _matching(argument, patterns, paths):
     """list of the paths in which a regular expression, or any of a list of them, is found."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, (list, tuple)):
+        raise ValueError(
+            f"`{argument}` must be a regular expression, or a list of them. "
+            f"Received: {argument}={patterns!r}"
+        )
     try:
         patterns = [re.compile(pattern) for pattern in patterns]
     except re.error as error:

@@ -208,7 +208,7 @@ class SegmentationCodec(keras.Model):
             OSError: if the download fails.
             ValueError: if the file is damaged or holds something else.
         """
-        path = _download() if path is None else os.fspath(path)
+        path = _download() if path is None else os.path.expanduser(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 "`path` must be big_vision's vae-oid.npz, a file of `save_file`, or None to "
@@ -438,7 +438,7 @@ class SegmentationCodec(keras.Model):
             if not np.isfinite(array.astype("float32")).all():
                 raise ValueError(f"The file {path!r} is damaged: {name} holds NaN or infinity.")
         for name, array in arrays.items():
-            _backend.set_value(variables[name], array)
+            _backend.set_value(variables[name], array.astype(variables[name].dtype))
         _backend.set_value(self.usage, np.ones(NUM_SEGMENTS, "float32"))  # no row is dead
 
 
@@ -663,8 +663,8 @@ def encode_detection(boxes, labels, height, width):
         str, "" without boxes.
 
     Raises:
-        ValueError: if the numbers differ, a box is empty or outside of the image, or a label is
-            no string or contains ";", which separates objects.
+        ValueError: if the numbers differ, a box is outside of the image or empty, be it in
+            location tokens, or a label is no string or contains ";", which separates objects.
 
     Example:
         >>> encode_detection([(50, 30, 160, 90)], ["cat"], height=120, width=200)
@@ -672,8 +672,7 @@ def encode_detection(boxes, labels, height, width):
 
     Source: big_vision `pp/proj/paligemma/segmentation.py`.
     """
-    boxes = _checked_boxes(boxes, height, width)
-    return _join([location_tokens(box, height, width) for box in boxes], labels)
+    return _join(_locations(boxes, height, width), labels)
 
 
 def encode_segmentation(codec, masks, labels, boxes=None):
@@ -690,10 +689,10 @@ def encode_segmentation(codec, masks, labels, boxes=None):
         str, "" without masks; or list of str.
 
     Raises:
-        ValueError: if the numbers differ, masks are not bool, a mask is empty, a box is empty or
-            outside of the image, or a label is no string or contains ";".
+        ValueError: if the numbers differ, masks are not bool, a mask is empty, a box is outside of
+            the image or empty, be it in location tokens, or a label is no string or contains ";".
     """
-    is_single = not labels or isinstance(labels[0], str)
+    is_single = not len(labels) or isinstance(labels[0], str)
     if is_single:
         masks, labels, boxes = [masks], [labels], [boxes]
     boxes = [None] * len(masks) if boxes is None else boxes
@@ -711,14 +710,28 @@ def encode_segmentation(codec, masks, labels, boxes=None):
             image_boxes = boxes_of_masks(image_masks)
         crops.append(crop_masks(image_masks, image_boxes))
         height, width = np.shape(image_masks)[1:]
-        image_boxes = _checked_boxes(image_boxes, height, width)
-        locations.append([location_tokens(box, height, width) for box in image_boxes])
+        locations.append(_locations(image_boxes, height, width))
     codes = iter(codec.encode(np.concatenate(crops)).tolist())
     suffixes = [
         _join([box + _segments(next(codes)) for box in image_locations], image_labels)
         for image_locations, image_labels in zip(locations, labels)
     ]
     return suffixes[0] if is_single else suffixes
+
+
+def _locations(boxes, height, width):
+    """list of str, the location tokens of boxes that have an area in them."""
+    locations = []
+    for box in _checked_boxes(boxes, height, width):
+        y1, x1, y2, x2 = location_numbers(box, height, width)
+        if not (y1 < y2 and x1 < x2):
+            raise ValueError(
+                f"A box must have a width and a height in location tokens, of which there are "
+                f"{NUM_LOCATIONS} a side. Received: {box.tolist()} in an image of height {height} "
+                f"and width {width}. Leave such objects out."
+            )
+        locations.append(location_tokens(box, height, width))
+    return locations
 
 
 def location_tokens(box, height, width):

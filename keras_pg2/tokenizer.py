@@ -89,7 +89,7 @@ class Tokenizer:
         """
         with open(path, "rb") as file:
             content = file.read()
-        is_json = content.startswith(b"{")  # no SentencePiece model starts so
+        is_json = content.startswith((b"{", b"\xef\xbb\xbf{"))  # no SentencePiece model starts so
         return cls(tokenizer_json.sentencepiece_model(content) if is_json else content)
 
     def encode(self, text):
@@ -102,8 +102,10 @@ class Tokenizer:
             list of int.
 
         Raises:
-            ValueError: if the text has a lone surrogate, half of a character.
+            ValueError: if it is no str, or has a lone surrogate, half of a character.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"`text` must be a str. Received: {text!r:.80}")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -29,7 +29,7 @@ def frames_from_video(path, count=16):
     except ImportError as error:
         raise ImportError("`frames_from_video` needs `pip install av`.") from error
     path = os.fspath(path)
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, (int, np.integer)) or count < 1:
         raise ValueError(f"`count` must be a positive integer. Received: count={count!r}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No such video file: {path!r}")

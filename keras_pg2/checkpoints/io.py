@@ -453,20 +453,22 @@ def shorten(items, limit=20):
 
 
 @contextlib.contextmanager
-def replace_when_done(path, overwrite=False, num_bytes=0):
+def replace_when_done(path, overwrite=False, num_bytes=0, is_folder=False):
     """A new path beside `path`, which becomes `path` only if all goes well.
 
     Args:
         path: str, a file or folder to be.
         overwrite: bool, whether something may be there already.
         num_bytes: int, room on the disk that is needed.
+        is_folder: bool, whether it will be a folder, which takes the place of no file, nor a file
+            that of a folder.
 
     Yields:
         str, a path in a new temporary folder on the same disk.
 
     Raises:
-        FileExistsError: if `path` exists and `overwrite` is False, or is a folder that holds
-            other things than a checkpoint.
+        FileExistsError: if `path` exists and `overwrite` is False, or is of the other kind, or a
+            folder that holds other things than a checkpoint.
         OSError: if the disk is too full.
     """
     path = os.path.realpath(os.path.expanduser(path))
@@ -474,7 +476,12 @@ def replace_when_done(path, overwrite=False, num_bytes=0):
         raise FileExistsError(
             f"{path!r} exists already. Choose another path, or pass `overwrite=True`."
         )
-    entries = os.listdir(path) if os.path.isdir(path) else []
+    if os.path.lexists(path) and os.path.isdir(path) != is_folder:
+        kinds = ("a file", "a folder") if is_folder else ("a folder", "a file")
+        raise FileExistsError(
+            f"{path!r} is {kinds[0]}, where {kinds[1]} is to be. Choose another path."
+        )
+    entries = os.listdir(path) if is_folder and os.path.lexists(path) else []
     others = [name for name in entries if not _FILE_OF_A_CHECKPOINT.fullmatch(name)]
     if others or (entries and "config.json" not in entries):
         raise FileExistsError(
@@ -493,8 +500,7 @@ def replace_when_done(path, overwrite=False, num_bytes=0):
         new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
         yield new
         try:
-            is_file = os.path.isfile(path) and os.path.isfile(new)
-            if os.path.lexists(path) and not is_file:  # a file can take the place of another
+            if is_folder and os.path.lexists(path):  # a file can take the place of another
                 os.rename(path, old)
             os.replace(new, path)
         except BaseException:  # an interrupt too

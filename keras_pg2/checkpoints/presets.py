@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import pathlib
@@ -13,6 +14,7 @@ import tqdm
 from keras_pg2.checkpoints import adapters, io, names
 from keras_pg2.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
 
+_LOG = logging.getLogger(__name__)
 FORMATS = ("preset", "hf", "keras-hub", "big-vision")
 TINY = "paligemma2-tiny-digits-112"  # comes with the package
 CODEC_FILE = "segmentation.safetensors"
@@ -469,7 +471,7 @@ def save_checkpoint(
         dtype: str or None, dtype to store; None keeps that of `weights`.
         overwrite: bool, whether to replace what is there.
         verbose: bool, whether to show progress.
-        codec: bytes or None, file of a `<seg>` codec. Only "preset" holds one.
+        codec: bytes or None, file of a `<seg>` codec. Only "preset" holds one; else it is warned.
 
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False.
@@ -498,10 +500,16 @@ def save_checkpoint(
         files = _preset_files(config, preprocessor)
         if codec is not None:
             files[CODEC_FILE] = codec
+    if codec is not None and format != "preset":
+        _LOG.warning(
+            "A checkpoint of the format %r holds no `<seg>` codec, without which the official one "
+            "makes the masks. Keep the model's own: `model.get_codec().save_file(path)`.",
+            format,
+        )
     total = sum(tensor.num_bytes for tensor in tensors.values())
     with (
         tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=not verbose) as bar,
-        io.replace_when_done(path, overwrite, total) as new,
+        io.replace_when_done(path, overwrite, total, format != "big-vision") as new,
     ):
         if format == "big-vision":
             io.write_npz(new, tensors, bar.update)

@@ -6,6 +6,7 @@ Needs scikit-learn, for its scans of digits. Fastest on a CPU with KERAS_BACKEND
 import argparse
 import logging
 import math
+import os
 
 import keras
 import numpy as np
@@ -177,6 +178,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace OUT")
     options = parser.parse_args(argv)
+    if os.path.lexists(options.out) and not options.force:
+        parser.error(f"{options.out} exists already")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     scans, held_out = digit_scans()
