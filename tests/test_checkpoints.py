@@ -601,6 +601,29 @@ def test_nothing_is_overwritten(model, tmp_path):
     with pytest.raises(FileExistsError, match="other things than a checkpoint"):
         model.save_to_preset(tmp_path / "home", overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").exists()
+    with pytest.raises(FileExistsError, match="is a file, where a folder is to be"):
+        model.save_to_preset(tmp_path / "home" / "thesis.txt", overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == ""
+
+
+def test_no_file_takes_the_place_of_a_checkpoint(model, tmp_path):
+    model.save_to_preset(tmp_path / "model.npz")
+    before = sorted(path.name for path in (tmp_path / "model.npz").iterdir())
+    with pytest.raises(FileExistsError, match="is a folder, where a file is to be"):
+        model.save_big_vision(tmp_path / "model.npz", overwrite=True)
+    example = {"image": np.zeros((2, 2, 3), "uint8"), "prefix": "p", "suffix": "s"}
+    with pytest.raises(FileExistsError, match="is a folder, where a file is to be"):
+        keras_pg2.data.write_jsonl(tmp_path / "model.npz", [example], overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "model.npz").iterdir()) == before
+
+
+@pytest.mark.parametrize("format", ["preset", "hf"])
+def test_a_codec_that_a_format_does_not_hold(folder, tmp_path, caplog, format):
+    model = PaliGemma2.from_preset(folder, dtype="float32")
+    model.use_codec(keras_pg2.SegmentationCodec((8, 8, 8, 8), 0, 8))
+    model._save(tmp_path / "out", format)
+    assert (tmp_path / "out" / presets.CODEC_FILE).exists() == (format == "preset")
+    assert ("'hf' holds no `<seg>` codec" in caplog.text) == (format == "hf")
 
 
 @pytest.mark.parametrize("format", ["preset", "hf", "keras-hub"])

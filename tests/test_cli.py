@@ -95,6 +95,9 @@ def test_detect(data, folder, capsys, tmp_path):
     captured = run(capsys, data, "detect", one, "cat", "--constrained", "--draw", str(out))
     assert out.exists()
     assert captured.out.startswith(("cat\t", "nothing found", "\t", "c"))
+    out = tmp_path / "pattern.png"
+    run(capsys, data, "detect", str(folder / "a*.png"), "cat", "--draw", str(out))
+    assert Image.open(out).size == (480, 400)
 
 
 def test_bad_pictures_and_patterns(data, folder, capsys, tmp_path):
@@ -220,6 +223,9 @@ def test_interrupted_conversion_leaves_nothing(data, tmp_path, monkeypatch):
         (["answer", " "], "`questions`"),
         (["detect", ";"], "`things`"),
         (["ocr", "--max-new-tokens", "0"], "--max-new-tokens must be positive"),
+        (["ocr", "none.png"], "No such image file: 'none.png'"),
+        (["detect", __file__, "cat", "--draw", __file__], "--draw needs a folder"),
+        (["detect", __file__, "cat", "--draw", "a.png"], "--draw needs a folder"),
     ],
 )
 def test_arguments_are_checked_before_a_model_is_loaded(picture, capsys, command, message):

@@ -174,6 +174,9 @@ def test_shards_cover_all_without_overlap(rows):
     [
         ({"shard": (3, 3)}, "`shard` must be .*Received: shard=\\(3, 3\\)"),
         ({"shard": (-1, 3)}, "`shard` must be"),
+        ({"shard": 2}, "`shard` must be"),
+        ({"shard": (0, 1, 2)}, "`shard` must be"),
+        ({"shard": (0.5, 2)}, "`shard` must be"),
         ({"shard": (7, 8)}, "7 examples, too few for shard=\\(7, 8\\)"),
         ({"on_error": "ignore"}, "`on_error` must be 'raise' or 'skip'. Received: 'ignore'"),
     ],
@@ -232,6 +235,21 @@ def test_write_and_read(folder, image):
     copy = folder / "copy.jsonl"
     data.write_jsonl(copy, data.jsonl(path))
     assert _suffixes(data.jsonl(copy)) == _suffixes([first, second, third])
+
+
+def test_links_and_the_home_folder(folder, image, monkeypatch):
+    deep = folder / "real" / "deep" / "dir"
+    deep.mkdir(parents=True)
+    (folder / "link").symlink_to(deep)
+    examples = [{"image": folder / "0.png", "prefix": "p", "suffix": "s"}]
+    data.write_jsonl(folder / "link" / "t.jsonl", examples)
+    (example,) = data.jsonl(folder / "link" / "t.jsonl")
+    assert np.asarray(Image.open(example["image"])).shape
+    monkeypatch.setenv("HOME", str(folder))
+    data.write_jsonl("~/home.jsonl", [{"image": image, "prefix": "p", "suffix": "s"}])
+    (example,) = data.jsonl("~/home.jsonl")
+    np.testing.assert_array_equal(np.asarray(Image.open(example["image"])), image)
+    assert (folder / "home_images").is_dir()
 
 
 def test_a_file_is_whole_or_as_before(folder, image):
@@ -523,6 +541,7 @@ def test_segmentation_texts(folder):
         ([[1, 2, 3, 4]], "at least 3 points"),
         ([[1, 2, 3, 4, 5, 6, 7]], "A polygon must be a list of numbers"),
         ([[1, 2, 3, 4, 5, None]], "A polygon must be"),
+        ([[8, 2, 9, 2, 9, 4]], "`segmentation` must overlap `bbox`"),
         ({"size": [7, 9], "counts": [0, 63]}, r"`size` .* be the picture's, \[9, 7\].*\[7, 9\]"),
         ({"size": [9, 7], "counts": [0, 62]}, "must add up to its 63 pixels"),
         ({"size": [9, 7], "counts": [63]}, "some must be inside"),
@@ -609,6 +628,8 @@ def test_names_of_pictures(folder):
         data.vqa(path)
     with pytest.raises(ValueError, match=r"'{id}' cannot be made from the fields \['answer'"):
         data.vqa(path, image_name="{id}")
+    with pytest.raises(ValueError, match=r"'{image_id\.x}' cannot be made from"):
+        data.vqa(path, image_name="{image_id.x}")
 
 
 @pytest.mark.parametrize(

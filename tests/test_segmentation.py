@@ -169,9 +169,15 @@ def test_half_the_bytes(small, tmp_path, dtype):
     small.save_file(tmp_path / "half", dtype=dtype)
     stored = safetensors.numpy.load_file(tmp_path / "half")
     assert {array.dtype.name for array in stored.values()} == {dtype}
-    loaded = values(SegmentationCodec.from_file(tmp_path / "half"))
+    codec = SegmentationCodec.from_file(tmp_path / "half")
+    loaded = values(codec)
     for name, value in values(small).items():
+        assert loaded[name].dtype == "float32"
         np.testing.assert_array_equal(loaded[name], value.astype(dtype).astype("float32"))
+    masks = np.ones((2, 64, 64), "float32")
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(codec(masks)), codec.decode(codec.encode(masks)), atol=1e-5
+    )
 
 
 def test_keras_file(small, tmp_path):
@@ -372,6 +378,7 @@ def test_detection(boxes, labels, suffix):
     [
         ([(5, 5, 5, 9)], ["a"], r"x1 < x2 and y1 < y2.*Received: \[5.0, 5.0, 5.0, 9.0\]"),
         ([(200, 5, 300, 9)], ["a"], "overlap its image of height 120 and width 200"),
+        ([(9, 5, 9.01, 9)], ["a"], r"a width and a height in location tokens.*9\.01"),
         ([(1, 2, 3)], ["a"], r"must be numbers \(count, 4\)"),
         ([(1, 2, 3, np.inf)], ["a"], r"must be numbers \(count, 4\)"),
         ([(1, 2, 3, 4)], ["a", "b"], "a list of 1 strings"),
@@ -397,6 +404,7 @@ def test_segmentation(tiny):
     )
     batch = encode_segmentation(tiny, [masks, [], masks[:1]], [["cat", "dog"], [], ["cat"]])
     assert batch == [suffix, "", suffix.split(" ; ")[0]]
+    assert encode_segmentation(tiny, masks, np.array(["cat", "dog"])) == suffix
     assert encode_segmentation(tiny, [], []) == ""
     with pytest.raises(ValueError, match="Received: 1, 2, 1"):
         encode_segmentation(tiny, [masks], [["cat", "dog"], []])
@@ -429,6 +437,13 @@ def test_the_tiny_codec_keeps_digits_it_never_saw(tiny):
     ious = train_codec.round_trip_iou(tiny, train_codec.digit_masks(held_out, 60, seed=123))
     assert ious.mean() > 0.9
     assert ious.min() > 0.6
+
+
+def test_the_command_does_not_train_in_vain(tmp_path, capsys):
+    (tmp_path / "codec").write_text("")
+    with pytest.raises(SystemExit):
+        train_codec.main([str(tmp_path / "codec")])
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -59,6 +59,11 @@ def test_missing_file(tmp_path):
         Tokenizer.from_file(tmp_path / "tokenizer.model")
 
 
+def test_only_text_is_encoded(tokenizer):
+    with pytest.raises(ValueError, match=r"must be a str\. Received: b'a'"):
+        tokenizer.encode(b"a")
+
+
 def test_half_of_a_character_is_no_text(tokenizer):
     with pytest.raises(ValueError, match=r"no valid Unicode.*surrogates"):
         tokenizer.encode("caption \ud83d")

@@ -262,6 +262,11 @@ def test_single_batches(tokenizer, columns):
         np.testing.assert_allclose(model.test_on_batch(batch), loss, rtol=1e-5)
         model.reset_metrics()
         np.testing.assert_allclose(model.train_on_batch(batch), loss, rtol=1e-5)
+        answers = model.predict_on_batch(batch)
+        if batch is x:
+            assert answers.shape == (*x["token_ids"].shape, VOCAB_SIZE)
+        else:
+            assert answers == model.predict(rows, verbose=0)
     with pytest.raises(ValueError, match=r"\['sample_weight'\] have no effect"):
         model.train_on_batch(x, sample_weight=np.zeros(10))
     with pytest.raises(ValueError, match=r"\['class_weight'\] have no effect"):
@@ -402,6 +407,8 @@ def test_freeze_and_unfreeze(tokenizer, columns):
         model.fit(columns, verbose=0)
     with pytest.raises(ValueError, match=r"must match the path of a weight.*'vison'"):
         model.freeze("vison")
+    with pytest.raises(ValueError, match=r"or a list of them\. Received: pattern=None"):
+        model.freeze(None)
     with pytest.raises(ValueError, match=r"pattern='\(vision': missing \), unterminated"):
         model.freeze("(vision")
     with pytest.raises(ValueError, match="'audio'"):
@@ -502,10 +509,21 @@ def test_batches_of_different_lengths(tokenizer, columns):
         next(iter(model._batches(columns, None, 4).arrays()))[0] for _ in at_two_lengths(model)
     ]
     if _backend.BACKEND == "tensorflow":
-        with pytest.raises(Exception, match="all batches of tokenized data must have the same"):
+        with pytest.raises(Exception, match="all batches must have the same"):
             model.fit(iter(batches), verbose=0)
     else:
         assert np.isfinite(model.fit(iter(batches), verbose=0).history["loss"][0])
+
+
+def test_a_larger_batch_after_the_first(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.0))
+    rows = [{name: column[:n] for name, column in columns.items()} for n in (2, 3)]
+    if _backend.BACKEND == "tensorflow":
+        with pytest.raises(Exception, match="no batch may have more examples than the first"):
+            model.evaluate(rows, verbose=0)
+    else:
+        assert np.isfinite(model.evaluate(rows, verbose=0)[0])
 
 
 def test_token_ids_outside_the_vocabulary(tokenizer, columns):
@@ -550,6 +568,11 @@ def test_examples_of_different_fields(tokenizer, columns):
     del rows[5]["suffix"]
     with pytest.raises(ValueError, match=r"One lacks \['suffix'\]"):
         read(rows, tokenizer)
+    rows = examples_of(columns)
+    (expected,) = read(rows, tokenizer, batch_size=10)
+    rows[0]["note"] = "of no concern"
+    (x,) = read(rows, tokenizer, batch_size=10)
+    np.testing.assert_array_equal(x["token_ids"], expected["token_ids"])
 
 
 def test_tokenized_images_in_another_range(tokenizer, columns):

@@ -26,7 +26,7 @@ def video(tmp_path_factory):
     [(5, [0, 60, 120, 180, 240]), (1, [0]), (2, [0, 240]), (30, None)],
 )
 def test_frames_are_evenly_spaced(video, count, levels):
-    frames = frames_from_video(video, count)
+    frames = frames_from_video(video, np.int64(count))
     assert len(frames) == count
     assert {frame.size for frame in frames} == {(64, 48)}
     means = [np.asarray(frame).mean() for frame in frames]
