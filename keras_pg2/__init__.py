@@ -1,5 +1,16 @@
 """PaliGemma 2 for Keras 3: one model for JAX, TensorFlow and PyTorch."""
 
+from importlib.util import find_spec
+
+try:
+    import keras  # noqa: F401  before all that needs it
+except (ImportError, ValueError) as error:
+    raise ImportError(
+        f"Keras cannot import its backend: {error}. Set the environment variable KERAS_BACKEND "
+        "before the first import of keras to one that is installed, here: "
+        f"{', '.join(filter(find_spec, ('jax', 'tensorflow', 'torch'))) or 'none of them'}."
+    ) from error
+
 from keras_pg2 import data, recipes, tiny
 from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from keras_pg2.distribution import layout_map

@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -39,6 +40,23 @@ def test_unknown_backend_is_an_error():
         "try:\n    import keras_pg2\nexcept ImportError as error:\n    print(error)"
     )
     assert "KERAS_BACKEND='numpy'. Set the environment variable" in _python(code)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "os.environ['KERAS_BACKEND'] = 'mxnet'",
+        "sys.modules[os.environ['KERAS_BACKEND']] = None",  # not installed
+    ],
+)
+def test_a_backend_that_is_not_there(before):
+    code = (
+        f"import os, sys; {before}\n"
+        "try:\n    import keras_pg2\nexcept ImportError as error:\n    print(error)"
+    )
+    installed = r"Keras cannot import its backend: .*KERAS_BACKEND .* installed, here: (.*)\."
+    (names,) = re.search(installed, _python(code)).groups()
+    assert ("mxnet" in before) == (_backend.BACKEND in names.split(", "))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
