@@ -224,9 +224,9 @@ def _drawn_paths(names, paths, out):
         return {}
     drawn = {paths[0]: out}
     is_png = out.lower().endswith(".png") and not os.path.isdir(out)
-    if len(paths) > 1 and (is_png or os.path.isfile(out)):
-        raise ValueError(f"--draw needs a folder for several pictures. Received: {out!r}")
     is_folder = os.path.isdir(out) or out.endswith(os.sep) or names != paths or len(paths) > 1
+    if (is_png and len(paths) > 1) or (not is_png and is_folder and os.path.isfile(out)):
+        raise ValueError(f"--draw needs a folder for several pictures. Received: {out!r}")
     if is_folder and not is_png:
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
         drawn = {path: os.path.join(out, f"{name}.png") for path, name in zip(paths, names)}

@@ -1670,13 +1670,13 @@ def _official_codec():
 def _matching(argument, patterns, paths):
     """list of the paths in which a regular expression, or any of a list of them, is found."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(patterns, (list, tuple)):
+    try:
+        patterns = [re.compile(pattern) for pattern in patterns]
+    except TypeError as error:
         raise ValueError(
             f"`{argument}` must be a regular expression, or a list of them. "
             f"Received: {argument}={patterns!r}"
-        )
-    try:
-        patterns = [re.compile(pattern) for pattern in patterns]
+        ) from error
     except re.error as error:
         raise ValueError(
             f"`{argument}` must be a regular expression. Received: {argument}={error.pattern!r}: "

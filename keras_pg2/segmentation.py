@@ -726,7 +726,7 @@ def _locations(boxes, height, width):
         y1, x1, y2, x2 = location_numbers(box, height, width)
         if not (y1 < y2 and x1 < x2):
             raise ValueError(
-                f"A box must have a width and a height in location tokens, of which there are "
+                "A box must have a width and a height in location tokens, of which there are "
                 f"{NUM_LOCATIONS} a side. Received: {box.tolist()} in an image of height {height} "
                 f"and width {width}. Leave such objects out."
             )

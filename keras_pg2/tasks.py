@@ -63,7 +63,7 @@ def region_prompt(box, width, height):
         raise ValueError(
             f"A box must overlap its picture of {width} × {height} pixels. Received: {box}"
         )
-    return f"caption {location_tokens(box, height, width)}"
+    return f"caption {location_tokens((x1, y1, x2, y2), height, width)}"
 
 
 def list_of_things(things):

@@ -409,6 +409,8 @@ def test_freeze_and_unfreeze(tokenizer, columns):
         model.freeze("vison")
     with pytest.raises(ValueError, match=r"or a list of them\. Received: pattern=None"):
         model.freeze(None)
+    with pytest.raises(ValueError, match=r"or a list of them\. Received: pattern=\[3\]"):
+        model.freeze([3])
     with pytest.raises(ValueError, match=r"pattern='\(vision': missing \), unterminated"):
         model.freeze("(vision")
     with pytest.raises(ValueError, match="'audio'"):
