@@ -40,6 +40,7 @@ elif BACKEND == "tensorflow":
     import tensorflow as tf
 elif BACKEND == "torch":
     import torch
+    from keras.src.backend.torch.core import get_device
 
     _HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
     # Dtypes that torch multiplies fast on this CPU. Without AVX-512 those of 16 bits are not.
@@ -264,7 +265,9 @@ def _with_variables(state, outputs):
 
 def _compile_torch(model, function, updated, donate, in_parts):
     def run(*args):
-        with torch.inference_mode():
+        # The dtype policy says in what it computes, and not the caller's autocast.
+        device = torch.device(get_device()).type
+        with torch.inference_mode(), torch.autocast(device, enabled=False):
             return function(*args)
 
     return run
@@ -677,7 +680,7 @@ def write(buffer, values, index, axis=1):
     def squeezed(x):
         return ops.reshape(x, [-1 if x.shape[i] is None else x.shape[i] for i in axes])
 
-    start = [ops.cast(index if i == axis else 0, "int32") for i in axes]
+    start = [ops.cast(index if i == axis else 0, "int32") for i in axes]  # jax may have x64
     written = ops.slice_update(squeezed(buffer), start, squeezed(values))
     return ops.reshape(written, ops.shape(buffer))
 
@@ -928,9 +931,8 @@ def refined(rounded, x, take):
     """
     shape, size = rounded.shape, rounded.shape[-1]
     products, rows = rounded.float().view(-1, size), x.float().reshape(-1, x.shape[-1])
-    with torch.autocast("cpu", enabled=False):
-        for product, row, places in zip(products, rows, _largest(products)):
-            product[places] = take(places) @ row
+    for product, row, places in zip(products, rows, _largest(products)):
+        product[places] = take(places) @ row
     return products.view(shape)
 
 

@@ -9,6 +9,7 @@ with lists of them, or of arrays that are tokenized already.
 import collections.abc
 import itertools
 import logging
+import math
 import os
 
 import keras
@@ -225,7 +226,7 @@ class Batches(data_adapter.DataAdapter):
         return self.arrays()
 
     def get_jax_iterator(self):
-        _check_parts(self._batch_size)
+        _check_distribution(self._batch_size)
         return self.arrays()
 
     def get_torch_dataloader(self):
@@ -403,16 +404,17 @@ def _batch_length(batch):
     return len(next(batch[name] for name in (*_PROMPTS, "token_ids") if name in batch))
 
 
-def _check_parts(batch_size):
+def _check_distribution(batch_size):
+    """A batch is split among devices: each process has its own, and all together are one."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return
-    num_parts, num_processes = distribution.num_model_replicas, distribution.num_processes
-    if batch_size * num_processes % num_parts:
+    parts = distribution.num_model_replicas
+    parts //= math.gcd(parts, distribution.num_processes)
+    if batch_size % parts:
         raise ValueError(
-            f"The current distribution splits batches in {num_parts} equal parts. Received: "
-            f"batch_size={batch_size}"
-            + (f" in each of {num_processes} processes" if num_processes > 1 else "")
+            f"The number of examples in a batch must be a multiple of {parts}, since "
+            f"`keras.distribution` splits it among devices. Received: {batch_size} examples"
         )
 
 

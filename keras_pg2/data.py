@@ -28,7 +28,7 @@ from keras_pg2.preprocessing import image_pixels
 from keras_pg2.segmentation import (
     SegmentationCodec,
     encode_segmentation,
-    location_numbers,
+    has_area,
     location_tokens,
 )
 
@@ -203,7 +203,7 @@ def write_jsonl(path, examples, *, overwrite=False):
         overwrite: bool, whether to replace the file.
 
     Raises:
-        FileExistsError: if `path` exists and `overwrite` is False.
+        FileExistsError: if `path` exists and `overwrite` is False, or is a folder.
         ValueError: if an example lacks something, is of another type, or a picture is missing.
 
     Example:
@@ -460,7 +460,7 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                     if with_masks:
                         _check_segmentation(segmentation, height, width)
                     box = _box(annotation, height, width)
-                    if box is None or not _has_area(box, height, width):
+                    if box is None or not has_area(box, height, width):
                         num_empty += 1
                         continue
                     if isinstance(segmentation, list):
@@ -522,12 +522,6 @@ def _prompted(scene, prompt, seed):
 def _check_prompt(prompt, choices):
     if prompt not in choices:
         raise ValueError(f"`prompt` must be one of {choices}. Received: prompt={prompt!r}")
-
-
-def _has_area(box, height, width):
-    """Whether a box still has a width and a height in location tokens."""
-    y1, x1, y2, x2 = location_numbers(box, height, width)
-    return y1 < y2 and x1 < x2
 
 
 def _box(annotation, height, width):
@@ -850,10 +844,10 @@ class _Checks:
             raise ValueError(f"{source} has no examples, or none that is right.")
         try:
             index, shards = (0, 1) if shard is None else map(operator.index, shard)
-            is_shard = 0 <= index < shards
+            is_part = 0 <= index < shards
         except (TypeError, ValueError):  # no integers, or not two
-            is_shard = False
-        if not is_shard:
+            is_part = False
+        if not is_part:
             raise ValueError(
                 f"`shard` must be (index, count) with 0 <= index < count. Received: shard={shard!r}"
             )

@@ -430,7 +430,7 @@ def _follow_grammar(state, token):
 
 
 def _filter(logits, top_k, top_p):
-    """Rules out all but the most likely tokens: `top_k`, then those that reach `top_p`."""
+    """Rules out all but the most likely tokens: `top_k` ≤ V, then those that reach `top_p`."""
     ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
     lowest = ops.take(ordered, top_k - 1, axis=-1)[:, None]
     ordered = ops.where(ordered < lowest, _NEVER, ordered)

@@ -1161,8 +1161,10 @@ class PaliGemma2(keras.Model):
 
     def predict_on_batch(self, x):
         """`predict` of one batch, raw or tokenized."""
-        is_raw = batches.is_readable(x) and not (isinstance(x, dict) and "token_ids" in x)
-        return self.predict(x, verbose=0) if is_raw else super().predict_on_batch(x)
+        if not _is_raw(x):
+            return super().predict_on_batch(x)
+        data, count = ([x], 1) if isinstance(x, dict) else (x, len(x))
+        return self.predict(data, batch_size=count, verbose=0)
 
     def _one_batch(self, x, y, options):
         if self._compile_loss is not None:
@@ -1191,7 +1193,7 @@ class PaliGemma2(keras.Model):
         Returns:
             list of str, or float32 (B, T, V).
         """
-        if (isinstance(x, dict) and "token_ids" in x) or not batches.is_readable(x):
+        if not _is_raw(x):
             if isinstance(x, dict):
                 x = {name: array for name, array in x.items() if name != "loss_mask"}
             try:
@@ -1665,6 +1667,11 @@ class _Holder:
 @functools.cache
 def _official_codec():
     return SegmentationCodec.from_file()
+
+
+def _is_raw(data):
+    """Whether `predict` answers it, and Keras does not read it."""
+    return batches.is_readable(data) and not (isinstance(data, dict) and "token_ids" in data)
 
 
 def _matching(argument, patterns, paths):

@@ -237,7 +237,7 @@ class SegmentationCodec(keras.Model):
             overwrite: bool, whether to replace what is there.
 
         Raises:
-            FileExistsError: if `path` exists and `overwrite` is False.
+            FileExistsError: if `path` exists and `overwrite` is False, or is a folder.
             ValueError: if there is no such dtype.
         """
         if dtype not in (None, "float16", "bfloat16", "float32"):
@@ -723,8 +723,7 @@ def _locations(boxes, height, width):
     """list of str, the location tokens of boxes that have an area in them."""
     locations = []
     for box in _checked_boxes(boxes, height, width):
-        y1, x1, y2, x2 = location_numbers(box, height, width)
-        if not (y1 < y2 and x1 < x2):
+        if not has_area(box, height, width):
             raise ValueError(
                 "A box must have a width and a height in location tokens, of which there are "
                 f"{NUM_LOCATIONS} a side. Received: {box.tolist()} in an image of height {height} "
@@ -750,6 +749,12 @@ def location_tokens(box, height, width):
         '<loc0256><loc0000><loc1023><loc0512>'
     """
     return "".join(f"<loc{place:04d}>" for place in location_numbers(box, height, width))
+
+
+def has_area(box, height, width):
+    """Whether a box still has a width and a height in location tokens."""
+    y1, x1, y2, x2 = location_numbers(box, height, width)
+    return y1 < y2 and x1 < x2
 
 
 def location_numbers(box, height, width):

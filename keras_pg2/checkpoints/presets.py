@@ -471,10 +471,12 @@ def save_checkpoint(
         dtype: str or None, dtype to store; None keeps that of `weights`.
         overwrite: bool, whether to replace what is there.
         verbose: bool, whether to show progress.
-        codec: bytes or None, file of a `<seg>` codec. Only "preset" holds one; else it is warned.
+        codec: bytes or None, file of a `<seg>` codec. Only "preset" holds one; without
+            it a warning is logged.
 
     Raises:
-        FileExistsError: if `path` exists and `overwrite` is False.
+        FileExistsError: if `path` exists and `overwrite` is False, is a file instead of a folder or
+            the other way round, or a folder that holds other things than a checkpoint.
         OSError: if the disk is too full; what was there is left as it was.
         ValueError: if the format cannot express the config, or `path` does not fit the format.
     """
@@ -498,9 +500,9 @@ def save_checkpoint(
         files = _keras_hub_files(config, stored_dtype, preprocessor, weights)
     elif format == "preset":
         files = _preset_files(config, preprocessor)
-        if codec is not None:
-            files[CODEC_FILE] = codec
-    if codec is not None and format != "preset":
+    if codec is not None and format == "preset":
+        files[CODEC_FILE] = codec
+    elif codec is not None:
         _LOG.warning(
             "A checkpoint of the format %r holds no `<seg>` codec, without which the official one "
             "makes the masks. Keep the model's own: `model.get_codec().save_file(path)`.",
@@ -509,7 +511,7 @@ def save_checkpoint(
     total = sum(tensor.num_bytes for tensor in tensors.values())
     with (
         tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=not verbose) as bar,
-        io.replace_when_done(path, overwrite, total, format != "big-vision") as new,
+        io.replace_when_done(path, overwrite, total, is_folder=format != "big-vision") as new,
     ):
         if format == "big-vision":
             io.write_npz(new, tensors, bar.update)
