@@ -604,13 +604,24 @@ def test_bad_options(tokenizer, columns):
         model.fit(in_batches(columns), validation_split=0.5, verbose=0)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(_backend.BACKEND != "jax", reason="keras.distribution needs jax")
-def test_distribution():
-    """Eight devices, weights and batch spread over them, learn what one device does."""
+def _run_script(name):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = os.path.join(os.path.dirname(__file__), "distributed_training.py")
+    script = os.path.join(os.path.dirname(__file__), name)
     run = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_backend.BACKEND != "jax", reason="keras.distribution needs jax")
+def test_distribution():
+    """Eight devices, weights and batch spread over them, learn what one device does."""
+    _run_script("distributed_training.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch imitates the accelerator")
+def test_accelerator():
+    """Nothing is left on the CPU that answering or training on an accelerator needs there."""
+    _run_script("torch_accelerator.py")
