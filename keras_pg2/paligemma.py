@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 
 import keras
 import numpy as np
@@ -149,6 +148,7 @@ class PaliGemma2(keras.Model):
             PaliGemma2. Its `preprocessor` is None if no tokenizer was found.
 
         Raises:
+            ConnectionError: if a download breaks off.
             FileNotFoundError: if there is no checkpoint.
             PermissionError: if a licence must be accepted first; the message says where.
             ValueError: if it is damaged, of another model, or does not fit its config.
@@ -298,7 +298,8 @@ class PaliGemma2(keras.Model):
         """Writes the model to a temporary folder and uploads it to Hugging Face or Kaggle.
 
         Args:
-            target: "hf://org/repo", or "kaggle://owner/model/framework/variation".
+            target: "hf://org/repo", which everybody may read if it is new, or
+                "kaggle://owner/model/framework/variation".
             format: "preset" (ours), "hf" or "keras-hub".
             dtype: see `save_hf`.
 
@@ -310,10 +311,7 @@ class PaliGemma2(keras.Model):
             raise ValueError(
                 f"`format` must be 'preset', 'hf' or 'keras-hub'. Received: format={format!r}"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "model")
-            self._save(path, format, dtype)
-            presets.upload(path, target)
+        presets.upload(target, lambda path: self._save(path, format, dtype))
 
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(
@@ -1489,14 +1487,29 @@ class PaliGemma2(keras.Model):
         _backend.sync_values(self)
         adapters.save_adapter(self, folder, base_model, overwrite)
 
+    def upload_adapter(self, target, base_model=None):
+        """Uploads what `save_adapter` writes to Hugging Face or Kaggle.
+
+        Args:
+            target: see `upload_preset`.
+            base_model: see `save_adapter`.
+
+        Raises:
+            ImportError: if the hub's package is missing.
+            ValueError: if LoRA is not enabled, or `target` is of neither hub.
+        """
+        self._require_lora()
+        presets.upload(target, lambda path: self.save_adapter(path, base_model))
+
     def load_adapter(self, folder):
         """Enables LoRA on the layers that an adapter of PEFT or `save_adapter` has.
 
         Args:
-            folder: path with `adapter_config.json` and `adapter_model.safetensors`.
+            folder: path with `adapter_config.json` and `adapter_model.safetensors`, or
+                "hf://org/repo", or "kaggle://owner/model/framework/variation".
 
         Raises:
-            FileNotFoundError: if a file is missing.
+            FileNotFoundError: if the adapter or a file of it is missing.
             ValueError: if the adapter is damaged, of a kind that is not supported (DoRA, trained
                 biases, …) or does not fit the model, or LoRA is enabled.
 
@@ -1504,7 +1517,8 @@ class PaliGemma2(keras.Model):
             >>> model.load_adapter("adapter/")
             >>> model.merge_lora()
         """
-        adapters.load_adapter(self, folder)
+        files = (adapters.CONFIG_FILE, adapters.TENSOR_FILE)
+        adapters.load_adapter(self, presets.fetch(folder, files))
 
     def quantize(self, mode=None, config=None, filters=None):
         """Turns weights into small integers with scales. Activations keep their dtype.

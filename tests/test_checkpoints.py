@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import shutil
 import zipfile
@@ -573,6 +574,8 @@ def test_files_for_transformers(model, tmp_path):
         "tokenizer_config.json",
     }
     assert PaliGemma2.from_preset(tmp_path / "hf").config == model.config
+    # As a mask transformers would add what the tiny preset's vocabulary lacks, before <image>.
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["mask_token"] is None
 
 
 def test_shards_are_written_above_a_size(model, tmp_path):
@@ -783,16 +786,35 @@ def test_unofficial_names(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("google/paligemma2-3b-mix-224", "'hf://google/paligemma2-3b-mix-224'"),
+        ("https://huggingface.co/google/paligemma2", "'hf://google/paligemma2'"),
+        ("pali_gemma2_mix_3b_224", "'kaggle://keras/paligemma2/keras/pali_gemma2_mix_3b_224'"),
+        ("pali_gemma_3b_224", "'kaggle://keras/paligemma/keras/pali_gemma_3b_224'"),
+        ("paligemma2-3b-mix-224", "a folder without a config.json"),
+    ],
+)
+def test_names_of_others(tmp_path, monkeypatch, name, hint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paligemma2-3b-mix-224").mkdir()  # as a download that broke off leaves
+    with pytest.raises(FileNotFoundError) as caught:
+        presets.find_checkpoint(name)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("error", "expected", "message"),
     [
         ("GatedRepoError", PermissionError, "Accept its licence at https.*hf auth login"),
         ("RepositoryNotFoundError", FileNotFoundError, "no google/paligemma2-3b-pt-224"),
         ("RevisionNotFoundError", FileNotFoundError, "no google/paligemma2-3b-pt-224"),
+        ("HTTPError", ConnectionError, "broke off: no. Run it again"),
     ],
 )
 def test_hugging_face_refuses(monkeypatch, error, expected, message):
     hub = pytest.importorskip("huggingface_hub")
-    error = getattr(hub.errors, error)
+    error = Exception if error == "HTTPError" else getattr(hub.errors, error)
 
     def download(*args, **kwargs):
         raise error.__new__(error, "no")  # their constructors want a response
@@ -804,22 +826,53 @@ def test_hugging_face_refuses(monkeypatch, error, expected, message):
 
 def test_kaggle(data, monkeypatch):
     hub = pytest.importorskip("kagglehub")
-    monkeypatch.setattr(hub, "model_download", lambda handle: str(data / handle.split("/")[-1]))
+    monkeypatch.setattr(hub, "model_download", lambda handle, _: str(data / handle.split("/")[-1]))
     preset = "kaggle://keras/paligemma2/keras/keras_hub_tiny_paligemma2"
     assert presets.find_checkpoint(preset).format == "keras-hub"
 
 
-def test_kaggle_refuses(monkeypatch):
+@pytest.mark.parametrize(
+    ("status", "expected", "message"),
+    [
+        (403, PermissionError, r"licence at .*models/keras/paligemma2.*KAGGLE_KEY"),
+        (404, FileNotFoundError, "There is no keras/paligemma2"),
+        (500, ConnectionError, "Kaggle did not give keras/paligemma2"),
+    ],
+)
+def test_kaggle_refuses(monkeypatch, status, expected, message):
     hub = pytest.importorskip("kagglehub")
 
-    def download(handle):
+    def download(handle, path):
         error = hub.exceptions.KaggleApiHTTPError.__new__(hub.exceptions.KaggleApiHTTPError, "no")
-        error.response = type("Response", (), {"status_code": 403})
+        error.response = type("Response", (), {"status_code": status})
         raise error
 
     monkeypatch.setattr(hub, "model_download", download)
-    with pytest.raises(PermissionError, match=r"licence at .*models/keras/paligemma2.*KAGGLE_KEY"):
+    with pytest.raises(expected, match=message):
         presets.find_checkpoint("kaggle://keras/paligemma2/keras/pali_gemma2_mix_3b_224")
+
+
+def test_the_config_alone_is_fetched(data, monkeypatch):
+    hub, kaggle = pytest.importorskip("huggingface_hub"), pytest.importorskip("kagglehub")
+    calls = []
+
+    def download(repository, revision=None, allow_patterns=None):
+        calls.append(allow_patterns)
+        if repository == "me/npz":  # which has no config
+            return str(data if len(allow_patterns) == 1 else data / "bv_tiny_paligemma2.npz")
+        return str(data / "hf_tiny_paligemma2")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(kaggle, "model_download", lambda handle, path: str(data / handle / path))
+    config = presets.find_checkpoint("hf://me/mine", only_config=True).config
+    assert calls == [["config.json"]]
+    folder = "keras_hub_tiny_paligemma2"
+    assert presets.find_checkpoint(f"kaggle://{folder}", only_config=True).path == str(
+        data / folder
+    )
+    found = presets.find_checkpoint("hf://me/npz", only_config=True)
+    assert (found.format, found.config.text.width) == ("big-vision", config.text.width)
+    assert "*.npz" in calls[-1]
 
 
 def test_a_folder_with_one_npz(data, tmp_path):
@@ -834,14 +887,26 @@ def test_upload(model, monkeypatch):
 
     def record(*args, **kwargs):
         folder = kwargs.get("folder_path") or args[-1]
-        calls.append((kwargs.get("repo_id") or args[0], presets.find_checkpoint(folder).format))
+        is_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+        format = "adapter" if is_adapter else presets.find_checkpoint(folder).format
+        calls.append((kwargs.get("repo_id") or args[0], format))
 
     monkeypatch.setattr(hub, "create_repo", lambda repository, exist_ok: None)
     monkeypatch.setattr(hub, "upload_folder", record)
     monkeypatch.setattr(kaggle, "model_upload", record)
     model.upload_preset("hf://me/mine")
     model.upload_preset("kaggle://me/mine/keras/tiny", format="keras-hub")
-    assert calls == [("me/mine", "preset"), ("me/mine/keras/tiny", "keras-hub")]
+    tuned = PaliGemma2(model.config)
+    tuned.enable_lora(2)
+    tuned.upload_adapter("hf://me/adapter")
+    assert calls == [
+        ("me/mine", "preset"),
+        ("me/mine/keras/tiny", "keras-hub"),
+        ("me/adapter", "adapter"),
+    ]
+    with pytest.raises(ValueError, match="Call `enable_lora` or"):
+        model.upload_adapter("hf://me/adapter")
+    monkeypatch.setattr(presets, "save_checkpoint", None)  # the target is looked at first
     with pytest.raises(ValueError, match="`target` must be hf://org/repo"):
         model.upload_preset("me/mine")
     with pytest.raises(ValueError, match="`format` must be"):

@@ -555,6 +555,21 @@ def test_peft(data, tmp_path):
         np.testing.assert_array_equal(value, by_name[adapters._read_name(key)[0]], err_msg=key)
 
 
+def test_an_adapter_of_a_hub(data, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    def download(repository, revision, allow_patterns):
+        calls.append((repository, revision, allow_patterns))
+        return str(data / "peft_tiny")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+    model.load_adapter("hf://me/adapter@v1")
+    assert model.lora_layers()
+    assert calls == [("me/adapter", "v1", [adapters.CONFIG_FILE, adapters.TENSOR_FILE])]
+
+
 LAYOUTS = {  # towers as 4.49, 4.57 and 5.23 of transformers name them; 5.23 is PEFT's golden
     "4.49": ("language_model.model", "vision_tower.vision_model", "multi_modal_projector"),
     "4.57": (
@@ -713,7 +728,10 @@ def test_damaged_adapters(folder, model, tmp_path):
     (folder / adapters.CONFIG_FILE).write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json' is no JSON"):
         model.load_adapter(folder)
+    (folder / adapters.CONFIG_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks the file .*adapter_config\.json"):
+        model.load_adapter(folder)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         model.load_adapter(tmp_path / "nowhere")
 
 

@@ -238,6 +238,8 @@ def _config(layers, kernels, base_model):
 
 
 def _read_config(path):
+    if not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(f"There is no folder {os.path.dirname(path)!r} with an adapter.")
     if not os.path.exists(path):
         raise FileNotFoundError(f"The adapter lacks the file {path!r}.")
     with open(path) as file:

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import re
+import tempfile
 
 import keras
 import tqdm
@@ -23,7 +24,7 @@ _OFFICIAL = re.compile(
     r"|paligemma2-(3b|10b)-ft-docci-448"
     r"|paligemma-3b-(pt-(224|448|896)|mix-(224|448)|ft-[a-z0-9-]+-(224|448|896))"
 )
-_HUB_FILES = ["*.json", "*.safetensors", "*.npz", "tokenizer.model", "*.weights.h5", "assets/**"]
+_HUB_FILES = ("*.json", "*.safetensors", "*.npz", "tokenizer.model", "*.weights.h5", "assets/**")
 _PRESET_VERSION = 1
 
 
@@ -68,32 +69,32 @@ class Checkpoint:
 # Where --------------------------------------------------------------------------------------
 
 
-def find_checkpoint(preset):
+def find_checkpoint(preset, only_config=False):
     """Fetches a checkpoint if need be, and recognises it by its content.
 
     Args:
         preset: an official name ("paligemma2-3b-mix-224"), `TINY`, "hf://org/repo" with
             "@revision" if wanted, "kaggle://owner/model/framework/variation", or the path of our
             own, a Hugging Face or a keras_hub folder, or of a big_vision `.npz`.
+        only_config: bool, whether weights need not be fetched, so that `weights` may fail.
 
     Returns:
         Checkpoint.
 
     Raises:
+        ConnectionError: if a download breaks off.
         FileNotFoundError: if there is nothing of that name.
         PermissionError: if a licence must be accepted first.
         ValueError: if it is no PaliGemma checkpoint.
     """
     path = os.path.expanduser(preset)
     if not os.path.exists(path):
+        name = f"hf://google/{path}" if _OFFICIAL.fullmatch(path) else path
+        path = fetch(name, ["config.json"] if only_config else _HUB_FILES)
+        if only_config and not os.path.exists(os.path.join(path, "config.json")):
+            path = fetch(name)  # a big_vision file has none
         if path == TINY:
             path = str(pathlib.Path(__file__).parents[1] / "tiny" / TINY)
-        elif _OFFICIAL.fullmatch(path):
-            path = _download_hugging_face(f"google/{path}")
-        elif path.startswith("hf://"):
-            path = _download_hugging_face(path.removeprefix("hf://"))
-        elif path.startswith("kaggle://"):
-            path = _download_kaggle(path.removeprefix("kaggle://"))
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         archives = [name for name in os.listdir(path) if name.endswith(".npz")]
         if len(archives) == 1:
@@ -103,16 +104,11 @@ def find_checkpoint(preset):
         return Checkpoint("big-vision", _big_vision_config(shapes, path), path)
     config_path = os.path.join(path, "config.json")
     if not os.path.exists(config_path):
-        hint = ""
-        if path.endswith(".keras"):
-            hint = ". `keras.models.load_model` reads .keras files"
-        elif os.path.exists(os.path.join(path, adapters.CONFIG_FILE)):
-            hint = ". `model.load_adapter` reads adapters"
         raise FileNotFoundError(
             f"`preset` must be an official name such as 'paligemma2-3b-mix-224', {TINY!r}, "
             "hf://org/repo, kaggle://owner/model/framework/variation, or the path of a folder with "
             "a config.json or of a big_vision .npz file. "
-            f"Received: preset={os.fspath(preset)!r}{hint}"
+            f"Received: preset={os.fspath(preset)!r}{_hint(path)}"
         )
     with open(config_path, encoding="utf-8") as file:
         try:
@@ -120,6 +116,21 @@ def find_checkpoint(preset):
         except ValueError as error:
             raise ValueError(f"The file {config_path!r} is no JSON: {error}") from error
     return _recognise(path, config_path, values)
+
+
+def _hint(path):
+    """What may have been meant by a path at which there is no checkpoint."""
+    if path.endswith(".keras"):
+        return ". `keras.models.load_model` reads .keras files"
+    if os.path.exists(os.path.join(path, adapters.CONFIG_FILE)):
+        return ". `model.load_adapter` reads adapters"
+    if os.path.isdir(path):
+        return ", a folder without a config.json"
+    if path.startswith("pali_gemma"):
+        family = "paligemma2" if path.startswith(("pali_gemma2", "pali_gemma_2")) else "paligemma"
+        return f". For keras_hub's preset write 'kaggle://keras/{family}/keras/{path}'"
+    repository = re.fullmatch(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", path)
+    return f". On Hugging Face it would be 'hf://{repository[1]}'" if repository else ""
 
 
 def _recognise(path, config_path, values):
@@ -167,7 +178,28 @@ def _first_file(folder, *candidates):
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
-def _download_hugging_face(handle):
+def fetch(name, files=_HUB_FILES):
+    """Downloads what hf:// and kaggle:// name.
+
+    Args:
+        name: str, "hf://org/repo" with "@revision" if wanted, or
+            "kaggle://owner/model/framework/variation", or anything else.
+        files: list of patterns of file names. Kaggle gives one file or all.
+
+    Returns:
+        path of the folder, or `name` if it is neither.
+
+    Raises: as `find_checkpoint`.
+    """
+    hub, _, handle = os.fspath(name).partition("://")
+    if hub == "hf":
+        return _download_hugging_face(handle, list(files))
+    if hub == "kaggle":
+        return _download_kaggle(handle, files[0] if len(files) == 1 else None)
+    return name
+
+
+def _download_hugging_face(handle, files):
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -179,7 +211,7 @@ def _download_hugging_face(handle):
     page = f"https://huggingface.co/{repository}"
     try:
         return huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=_HUB_FILES
+            repository, revision=revision or None, allow_patterns=files
         )
     except errors.GatedRepoError as error:
         raise PermissionError(
@@ -193,16 +225,24 @@ def _download_hugging_face(handle):
         ) from error
     except errors.HFValidationError as error:
         raise ValueError(f"`hf://{handle}` must be hf://org/repo: {error}") from error
+    except OSError:
+        raise  # such as a full disk
+    except Exception as error:  # of the HTTP library, which is another one in each release
+        raise ConnectionError(
+            f"The download of {handle} from Hugging Face broke off: {error}. Run it again: files "
+            "that are complete are kept."
+        ) from error
 
 
-def _download_kaggle(handle):
+def _download_kaggle(handle, file):
     try:
         import kagglehub
         from kagglehub.exceptions import KaggleApiHTTPError
     except ImportError as error:
         raise ImportError("Downloading from Kaggle needs `pip install kagglehub`.") from error
     try:
-        return kagglehub.model_download(handle)
+        path = kagglehub.model_download(handle, file)
+        return path if file is None else os.path.dirname(path)
     except KaggleApiHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
@@ -211,7 +251,9 @@ def _download_kaggle(handle):
                 f"Kaggle refused {handle}. Accept the licence at {page}, and log in with "
                 "`kagglehub.login()` or the variables KAGGLE_USERNAME and KAGGLE_KEY."
             ) from error
-        raise FileNotFoundError(f"There is no {handle} on Kaggle: {error}") from error
+        if status == 404:
+            raise FileNotFoundError(f"There is no {handle} on Kaggle: {error}") from error
+        raise ConnectionError(f"Kaggle did not give {handle}: {error}") from error
     except ValueError as error:
         raise ValueError(
             f"`kaggle://{handle}` must be kaggle://owner/model/framework/variation: {error}"
@@ -530,12 +572,12 @@ def save_checkpoint(
             io.write_safetensors(new, tensors, bar.update)
 
 
-def upload(folder, target):
+def upload(target, write):
     """Uploads a folder to a hub.
 
     Args:
-        folder: str.
         target: "hf://org/repo", made if missing, or "kaggle://owner/model/framework/variation".
+        write: callable that writes the folder at a path. It is called last, for it takes long.
 
     Raises:
         ImportError: if the hub's package is missing.
@@ -548,18 +590,23 @@ def upload(folder, target):
         except ImportError as error:
             raise ImportError("Uploading needs `pip install huggingface_hub`.") from error
         huggingface_hub.create_repo(handle, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=handle, folder_path=folder)
     elif hub == "kaggle":
         try:
             import kagglehub
         except ImportError as error:
             raise ImportError("Uploading needs `pip install kagglehub`.") from error
-        kagglehub.model_upload(handle, folder)
     else:
         raise ValueError(
             "`target` must be hf://org/repo or kaggle://owner/model/framework/variation. "
             f"Received: target={target!r}"
         )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "upload")
+        write(path)
+        if hub == "hf":
+            huggingface_hub.upload_folder(repo_id=handle, folder_path=path)
+        else:
+            kagglehub.model_upload(handle, path)
 
 
 def _preset_files(config, preprocessor):
@@ -604,6 +651,8 @@ def _hugging_face_files(config, dtype, preprocessor):
             "processor_class": "PaliGemmaProcessor",
             "add_bos_token": True,
             "add_eos_token": False,
+            # Else transformers adds one, before <image>, where the vocabulary has none.
+            "mask_token": None,
             **special,
         },
         "special_tokens_map.json": special,
