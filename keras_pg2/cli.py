@@ -8,6 +8,8 @@ import math
 import os
 import sys
 
+from keras_pg2 import __version__
+
 _EPILOG = """examples:
   keras-pg2 caption cat.jpg --preset paligemma2-3b-mix-224
   keras-pg2 detect photos/ "cat ; dog" --preset paligemma2-3b-mix-448 --draw drawn/
@@ -27,7 +29,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv=None):
-    """Runs the command. Returns the exit code: 0, or 1 after errors that were printed."""
+    """Runs the command. Returns the exit code: 0, 1 after errors that were printed, or 130."""
     options = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # no letter ends a run, whatever the terminal knows
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -36,6 +38,8 @@ def main(argv=None):
     except (ValueError, OSError, ImportError) as error:
         _report(error)
         return 1
+    except KeyboardInterrupt:  # as a shell reports it
+        return 130
 
 
 def _report(message):
@@ -49,6 +53,7 @@ def _parser():
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"keras-pg2 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     generate = _add_task(commands, "generate", "answer a prompt about pictures")
@@ -77,17 +82,24 @@ def _parser():
             "--constrained", action="store_true", help="let the model say well-formed things only"
         )
         if name == "segment":
-            task.add_argument(
-                "--codec", metavar="FILE", help="vae-oid.npz, if not to be downloaded"
-            )
+            _add_codec(task)
 
     demo = commands.add_parser("demo", help="serve a web page to try a model on")
-    demo.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
+    _add_model(demo)
+    _add_codec(demo)
     demo.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     demo.add_argument("--port", type=int, default=7860, help="default: 7860; 0: any free")
+    demo.add_argument(
+        "--share",
+        action="store_true",
+        help="also serve it for three days at a public address that Gradio gives, as a hosted "
+        "notebook needs",
+    )
     demo.set_defaults(run=_demo)
 
-    info = commands.add_parser("info", help="show what a checkpoint is and needs")
+    info = commands.add_parser(
+        "info", help="show what a checkpoint is and needs; its weights are not downloaded"
+    )
     info.add_argument(
         "checkpoint",
         help=f"{_CHECKPOINT}; or an architecture such as paligemma2-3b, with --image-size",
@@ -114,13 +126,51 @@ def _add_task(commands, name, help):
         name, help=help, description=f"{help[0].upper()}{help[1:]}. Options go last."
     )
     task.add_argument("images", nargs="+", metavar="image", help="a picture, a folder or a pattern")
-    task.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
-    task.add_argument("--tokenizer", help="path of a tokenizer.model, for a .npz, which has none")
+    _add_model(task)
     task.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer")
     task.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
     task.add_argument("--json", action="store_true", help="print a line of JSON for each picture")
     task.set_defaults(run=_run_task)
     return task
+
+
+def _add_model(command):
+    command.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
+    command.add_argument(
+        "--tokenizer", help="path of a tokenizer.model, for a .npz, which has none"
+    )
+    command.add_argument(
+        "--dtype", default="auto", choices=("auto", *_DTYPES), help="default: the fastest here"
+    )
+    command.add_argument(
+        "--quantize", choices=("int8", "int4"), help="weights of 8 or 4 bits, for less memory"
+    )
+
+
+def _add_codec(command):
+    command.add_argument("--codec", metavar="FILE", help="vae-oid.npz, if not to be downloaded")
+
+
+def _load(options):
+    """The model of a command."""
+    import keras_pg2
+
+    if options.preset is None:
+        _report(f"the preset is {_TINY}, which knows digits and shapes alone; see --preset")
+    model = keras_pg2.PaliGemma2.from_preset(
+        options.preset or _TINY,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        tokenizer=options.tokenizer,
+    )
+    if model.preprocessor is None:
+        raise ValueError(
+            f"The checkpoint {options.preset!r} has no tokenizer: pass the path of "
+            "paligemma_tokenizer.model as --tokenizer."
+        )
+    if getattr(options, "codec", None):
+        model.use_codec(options.codec)
+    return model
 
 
 def _run_task(options):
@@ -140,16 +190,7 @@ def _run_task(options):
     from keras_pg2.checkpoints import io
     from keras_pg2.preprocessing import image_pixels
 
-    if options.preset is None:
-        _report(f"the preset is {_TINY}, which knows digits and shapes alone; see --preset")
-    model = keras_pg2.PaliGemma2.from_preset(options.preset or _TINY, tokenizer=options.tokenizer)
-    if model.preprocessor is None:
-        raise ValueError(
-            f"The checkpoint {options.preset!r} has no tokenizer: pass the path of "
-            "paligemma_tokenizer.model as --tokenizer."
-        )
-    if getattr(options, "codec", None):
-        model.use_codec(options.codec)
+    model = _load(options)
     num_failures = 0
     # Not on a terminal there is no bar.
     with tqdm.tqdm(total=len(paths), unit="image", disable=len(paths) == 1 or None) as bar:
@@ -185,12 +226,10 @@ def _demo(options):
         if error.name != "gradio":
             raise
         raise ImportError('`keras-pg2 demo` needs `pip install "keras-pg2[demo]"`.') from error
-    import keras_pg2
-
-    preset = options.preset or _TINY
-    model = keras_pg2.PaliGemma2.from_preset(preset)
-    page = demo.launch(model, preset, options.host, options.port)
-    _report(f"{preset} is served at {page.local_url}; Ctrl+C ends it")
+    title = options.preset or _TINY
+    page = demo.launch(_load(options), title, options.host, options.port, options.share)
+    addresses = " and ".join(filter(None, [page.local_url, page.share_url]))
+    _report(f"{title} is served at {addresses}; Ctrl+C ends it")
     page.block_thread()
 
 
@@ -302,13 +341,14 @@ def _info(options):
         size = 224 if options.image_size is None else options.image_size
         config = PaliGemmaConfig.from_variant(options.checkpoint, size)
     else:
-        checkpoint = presets.find_checkpoint(options.checkpoint)
+        checkpoint = presets.find_checkpoint(options.checkpoint, only_config=True)
         kind, config = f"{checkpoint.format} checkpoint", checkpoint.config
         if options.image_size is not None:
             config = config.replace(image_size=options.image_size)
         stored = collections.Counter()
-        for tensor in checkpoint.weights().values():
-            stored[tensor.dtype] += math.prod(tensor.shape)
+        if os.path.exists(options.checkpoint) or options.checkpoint == _TINY:
+            for tensor in checkpoint.weights().values():
+                stored[tensor.dtype] += math.prod(tensor.shape)
     parameters = collections.Counter()
     for spec in names.tensor_specs("preset", config):
         parameters[spec.path.split("/")[0]] += math.prod(spec.shape)

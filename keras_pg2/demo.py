@@ -7,6 +7,7 @@ from starlette.responses import PlainTextResponse
 
 from keras_pg2 import tasks
 from keras_pg2.drawing import draw
+from keras_pg2.preprocessing import image_pixels
 from keras_pg2.tiny import SAMPLES
 
 MAX_FILE_SIZE = "10mb"
@@ -50,8 +51,8 @@ def build(model, title="PaliGemma 2"):
             raise gradio.Error(f"At most {_MAX_TEXT} characters, please.")
         if image.width * image.height > _MAX_PIXELS:
             raise gradio.Error(f"At most {_MAX_PIXELS // 10**6} million pixels, please.")
-        image = image.convert("RGB")
         try:
+            image = Image.fromarray(image_pixels(image))
             if task in ("detect", "segment"):
                 found = getattr(model, task)(image, text)
                 rows = [
@@ -63,9 +64,9 @@ def build(model, title="PaliGemma 2"):
             answer, prompt = "", _prompt(task, text, lang)
             for piece in model.stream(image, prompt, **tasks.longest_answer(prompt)):
                 answer += piece
-                yield answer, image, []
+                yield answer, None, []
             if not answer:
-                yield "(the answer is empty)", image, []
+                yield "(the answer is empty)", None, []
         except (ValueError, OSError) as error:
             raise gradio.Error(str(error)) from error
 
@@ -88,13 +89,20 @@ def build(model, title="PaliGemma 2"):
                     label="Picture",
                     type="pil",
                     format="png",  # Gradio's own choice, WebP, loses detail
+                    image_mode=None,  # Gradio makes 16 bits white
                     sources=["upload", "clipboard"],
                 )
                 sample = gradio.Radio(list(SAMPLES), label="Samples")
                 task = gradio.Radio(list(_TEXT_LABELS), value="caption", label="Task")
                 text = gradio.Textbox(visible=False, max_length=_MAX_TEXT)
-                lang = gradio.Dropdown(["en", "de", "fr", "vi"], value="en", label="Language")
+                lang = gradio.Dropdown(
+                    ["en", "de", "fr", "vi"],
+                    value="en",
+                    label="Language, or the code of another",
+                    allow_custom_value=True,
+                )
                 button = gradio.Button("Run", variant="primary")
+                stop = gradio.Button("Stop")
             with gradio.Column():
                 answer = gradio.Textbox(label="Answer", lines=3)
                 drawn = gradio.Image(label="Found", format="png", interactive=False)
@@ -107,12 +115,15 @@ def build(model, title="PaliGemma 2"):
         sample.change(load_sample, sample, image)
         task.change(show_fields, task, [text, lang])
         inputs, outputs = [image, task, text, lang], [answer, drawn, table]
-        button.click(run, inputs, outputs, concurrency_limit=1)
-        text.submit(run, inputs, outputs, concurrency_limit=1)
+        runs = [
+            button.click(run, inputs, outputs, concurrency_limit=1),
+            text.submit(run, inputs, outputs, concurrency_limit=1),
+        ]
+        stop.click(None, cancels=runs)
     return page
 
 
-def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860):
+def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860, share=False):
     """Serves the page, in the background.
 
     Args:
@@ -120,21 +131,37 @@ def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860):
         title: str.
         host: str, address to listen on. The default is this machine alone.
         port: int, 0 for any that is free.
+        share: bool, whether Gradio also gives a public address, by way of its own servers, as a
+            hosted notebook needs. Whoever has the address may use the page.
 
     Returns:
-        gradio.Blocks, with `local_url`, `block_thread` and `close`.
+        gradio.Blocks, with `local_url`, `share_url`, `block_thread` and `close`.
+
+    Raises:
+        OSError: if the port is taken.
+
+    Example:
+        >>> from keras_pg2 import demo
+        >>> page = demo.launch(model, share=True)  # in a Colab or Kaggle notebook
+        >>> print(page.share_url)
     """
     page = build(model, title)
-    page.queue(max_size=16).launch(
-        server_name=host,
-        server_port=port or None,
-        share=False,
-        inbrowser=False,
-        quiet=True,
-        max_file_size=MAX_FILE_SIZE,
-        app_kwargs={"middleware": [Middleware(_RefuseAddresses)]},
-        prevent_thread_lock=True,
-    )
+    try:
+        page.queue(max_size=16).launch(
+            server_name=host,
+            server_port=port or None,
+            share=share,
+            inbrowser=False,
+            quiet=True,
+            max_file_size=MAX_FILE_SIZE,
+            app_kwargs={"middleware": [Middleware(_RefuseAddresses)]},
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise OSError(
+            f"The page cannot be served on port {port} of {host}: the port may be taken. Choose "
+            "another, or 0 for any that is free."
+        ) from error
     return page
 
 

@@ -1,10 +1,12 @@
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import keras_pg2
 from keras_pg2 import PaliGemma2, Tokenizer, cli
 from keras_pg2.checkpoints import io, presets
 
@@ -241,6 +243,35 @@ def test_npz_without_a_tokenizer(data, picture, tmp_path, capsys):
     assert "pass the path of paligemma_tokenizer.model as --tokenizer" in capsys.readouterr().err
 
 
+def test_dtype_and_quantization(data, picture, monkeypatch):
+    loaded = []
+    load = PaliGemma2.from_preset
+
+    def record(*args, **kwargs):
+        loaded.append(load(*args, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr(PaliGemma2, "from_preset", record)
+    command = ["ocr", picture, "--preset", str(data / "hf_tiny_paligemma2")]
+    rest = ["--max-new-tokens", "1"]
+    assert cli.main([*command, "--dtype", "bfloat16", *rest]) == 0
+    assert loaded[-1].compute_dtype == "bfloat16"
+    assert cli.main([*command, "--quantize", "int8", *rest]) == 0
+    assert loaded[-1].text.embedding.quantized.mode == "int8"
+
+
+def test_version_and_interruption(picture, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"keras-pg2 {keras_pg2.__version__}\n"
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PaliGemma2, "from_preset", interrupt)
+    assert cli.main(["ocr", picture]) == 130
+
+
 def test_long_answers(data, picture, monkeypatch):
     """The command line gives a task as many tokens as the method of its name."""
     found = []
@@ -256,6 +287,16 @@ def test_long_answers(data, picture, monkeypatch):
     assert [options["max_new_tokens"] for options in found] == [128] * 4
     cli.main(["caption", picture, "--preset", preset])
     assert "max_new_tokens" not in found[-1]
+
+
+def test_info_of_a_hub_needs_no_weights(data, tmp_path, monkeypatch, capsys):
+    shutil.copy(data / "hf_tiny_paligemma2" / "config.json", tmp_path)
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    assert cli.main(["info", "hf://me/mine", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["parameters"]["total"] == 158_556
+    assert info["stored_parameters"] == {}
 
 
 def test_info(data, capsys):

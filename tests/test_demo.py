@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -90,6 +91,44 @@ def test_upload(page, model, tmp_path):
     page.get_by_label("What to find").fill("star")
     run(page, model.detect(str(path), "star").text)
     assert page.locator(_PICTURES).count() == 2
+
+
+def test_sixteen_bits(page, model, tmp_path):
+    levels = np.asarray(Image.open(SAMPLES["mixed"]).convert("L")).astype("uint16") * 257
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    page.locator("input[accept='image/*']").set_input_files(tmp_path / "deep.png")
+    wait_for_picture(page)
+    run(page, model.caption(tmp_path / "deep.png"))
+    assert page.locator(_PICTURES).count() == 1  # it is not sent back with each piece
+
+
+def test_another_language(page, model):
+    page.get_by_label("star", exact=True).check()
+    wait_for_picture(page)
+    page.get_by_label("Language").fill("vi")
+    page.get_by_label("Language").press("Enter")
+    run(page, model.caption(SAMPLES["star"], lang="vi"))
+
+
+def test_stop(page, model, monkeypatch):
+    def never_ending(*args, **kwargs):
+        yield "once"
+        while True:
+            time.sleep(0.05)
+            yield ""
+
+    monkeypatch.setattr(model, "stream", never_ending)
+    page.get_by_label("star", exact=True).check()
+    wait_for_picture(page)
+    run(page, "once")
+    page.get_by_role("button", name="Stop").click()
+    monkeypatch.undo()
+    run(page, model.caption(SAMPLES["star"]))
+
+
+def test_a_port_that_is_taken(server, model):
+    with pytest.raises(OSError, match=f"port {server.server_port} of 127.0.0.1: the port may be"):
+        demo.launch(model, port=server.server_port)
 
 
 def test_errors_are_shown(page):
