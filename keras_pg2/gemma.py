@@ -103,7 +103,7 @@ class GemmaAttention(DirectCall, layers.Layer):
 
 
 def _gelu_times(gate, up):
-    return activations.gelu(gate, approximate=True) * up
+    return ops.multiply(activations.gelu(gate, approximate=True), up)
 
 
 class GemmaMLP(DirectCall, layers.Layer):
@@ -216,13 +216,13 @@ class GemmaBlock(DirectCall, layers.Layer):
             update = self.post_attention_norm(update)
         if config.dropout and training:
             update = keras.random.dropout(update, config.dropout, seed=self.attention_seed)
-        x = x + update
+        x = ops.add(x, update)  # of other dtypes, too: a DTypePolicyMap may ask for it
         update = self.mlp(self.pre_mlp_norm(x))
         if config.use_post_norms:
             update = self.post_mlp_norm(update)
         if config.dropout and training:
             update = keras.random.dropout(update, config.dropout, seed=self.mlp_seed)
-        return x + update
+        return ops.add(x, update)
 
 
 class GemmaDecoder(DirectCall, layers.Layer):

@@ -72,7 +72,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
     Args:
         units: int, size of the output.
         use_bias: bool.
-        **kwargs: see `keras.layers.Dense`.
+        **kwargs: see `keras.layers.Dense`; there is no `activation`.
 
     Attributes:
         lora: LoraOptions, or None without LoRA.
@@ -138,6 +138,9 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
 
     def enable_lora(self, rank, alpha=None, dropout=0.0):
         """Adds LoRA and freezes the kernel. The output stays what it was: B starts at zero.
+
+        For layers of a `PaliGemma2` call its methods of this name, and of those below, which
+        have programs compiled anew.
 
         Args:
             rank: int.
@@ -279,10 +282,10 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         # Keras tries again under other paths, where it finds nothing, and shows the last error.
         if set(store.keys()) != expected:
             raise ValueError(
-                f"The file does not fit the layer {self.path!r}, which has "
-                f"{'LoRA' if self.lora else 'no LoRA'} and is "
-                f"{'quantized' if self.quantized else 'not quantized'}. Load a file after "
-                "`enable_lora` and `quantize` with the options it was saved with, and not before."
+                f"The file does not fit the layer {self.path!r} of {self.input_spec.axes[-1]} "
+                f"inputs and {self.units} units, which has {'LoRA' if self.lora else 'no LoRA'} "
+                f"and is {'quantized' if self.quantized else 'not quantized'}. Load a file into a "
+                "model of its config, after `enable_lora` and `quantize` with its options."
             )
         if self.quantized is None:
             self._kernel.assign(store["0"])
@@ -398,9 +401,10 @@ class TokenEmbedding(Quantizable, DirectCall, keras.layers.ReversibleEmbedding):
     def load_own_variables(self, store):
         if ("0" in store) != (self.quantized is None):
             raise ValueError(
-                f"The file does not fit the layer {self.path!r}, which is "
-                f"{'quantized' if self.quantized else 'not quantized'}. Load a file after "
-                "`quantize` with the options it was saved with, and not before."
+                f"The file does not fit the layer {self.path!r} of {self.input_dim} tokens and "
+                f"width {self.output_dim}, which is "
+                f"{'quantized' if self.quantized else 'not quantized'}. Load a file into a model "
+                "of its config, after `quantize` with its options."
             )
         if self.quantized is None:
             self._embeddings.assign(store["0"])

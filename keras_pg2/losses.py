@@ -26,10 +26,10 @@ def chunk_length(batch_size, length, vocab_size):
         vocab_size: int, V.
 
     Returns:
-        int in [1, T].
+        int, at least 1.
     """
     longest = max(1, _MAX_LOGITS // (batch_size * vocab_size))
-    return math.ceil(length / max(_MIN_CHUNKS, math.ceil(length / longest)))
+    return max(1, math.ceil(length / max(_MIN_CHUNKS, math.ceil(length / longest))))
 
 
 def token_losses(
@@ -57,9 +57,10 @@ def token_losses(
     """
     batch_size, length = ops.shape(hidden)[0], hidden.shape[1]
     vocab_size = embeddings.shape[0]
-    # TensorFlow forgets the batch size after it has changed once.
-    chunk = chunk_length(hidden.shape[0] or 64, length, vocab_size)
-    num_chunks = math.ceil(length / chunk)
+    # TensorFlow forgets the batch size after it has changed once; symbols have none.
+    known_size = hidden.shape[0] if isinstance(hidden.shape[0], int) else 64
+    chunk = chunk_length(known_size or 64, length, vocab_size)
+    num_chunks = max(1, math.ceil(length / chunk))
     padding = ((0, 0), (0, num_chunks * chunk - length))
     hidden = ops.pad(hidden, (*padding, (0, 0)))
     targets, weights = ops.pad(targets, padding), ops.pad(weights, padding)

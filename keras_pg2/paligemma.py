@@ -90,16 +90,7 @@ class PaliGemma2(keras.Model):
 
     def __init__(self, config, preprocessor=None, dtype=None, name="paligemma2", **kwargs):
         super().__init__(dtype=dtype, name=name, **kwargs)
-        if preprocessor is not None and preprocessor.image_size != config.vision.image_size:
-            raise ValueError(
-                "`preprocessor` and `config` must have the same image size. Received: "
-                f"{preprocessor.image_size} and {config.vision.image_size}"
-            )
-        if preprocessor and preprocessor.tokenizer.vocab_size > config.text.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {preprocessor.tokenizer.vocab_size} tokens, but the model "
-                f"only {config.text.vocab_size}: it is another model's tokenizer."
-            )
+        _check_arguments(config, preprocessor, self.dtype_policy)
         self.autocast = False  # each layer casts where it is safe in float16
         self.config = config
         self.preprocessor = preprocessor
@@ -176,7 +167,9 @@ class PaliGemma2(keras.Model):
             preprocessor = Preprocessor(tokenizer, size, **checkpoint.preprocessing)
         policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
         # Reading begins while the model is made, unless that must tell how to read.
-        reading = None if quantize else _read(weights, policy.variable_dtype)
+        is_known = not quantize and not isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+        dtypes = dict.fromkeys(weights, policy.variable_dtype)
+        reading = _read(weights, dtypes) if is_known else None
         with _backend.variables_without_values():
             model = cls(config, preprocessor, dtype=policy)
             if quantize:
@@ -202,7 +195,8 @@ class PaliGemma2(keras.Model):
         if wrong:
             raise ValueError(f"These weights do not fit the model: {', '.join(wrong)}")
 
-        for path, value in reading or _read(weights, self.variable_dtype, layers):
+        dtypes = {path: variable.dtype for path, variable in variables.items()}
+        for path, value in reading or _read(weights, dtypes, layers):
             if path in variables:
                 _backend.set_value(variables[path], value)
             else:
@@ -1151,6 +1145,7 @@ class PaliGemma2(keras.Model):
 
     def train_on_batch(self, x, y=None, **kwargs):
         """One step on one batch, raw or tokenized, see `keras.Model.train_on_batch`."""
+        self._check_trainable()
         return super().train_on_batch(self._one_batch(x, y, kwargs), y, **kwargs)
 
     def test_on_batch(self, x, y=None, **kwargs):
@@ -1304,7 +1299,8 @@ class PaliGemma2(keras.Model):
                 variable.trainable = False
         for variable in variables.values():
             variable.trainable = value
-        self.train_function = None
+        # Those of jax know variables by their places among the trainable ones and the others.
+        self.train_function = self.test_function = self.predict_function = None
         self._report_trainable()
 
     def _report_trainable(self):
@@ -1338,7 +1334,7 @@ class PaliGemma2(keras.Model):
             if {id(v) for v in known} != {id(v) for v in self.trainable_variables}:
                 raise ValueError(
                     "What is trainable has changed since the optimizer was made. Call `compile` "
-                    "with a new optimizer before `fit`."
+                    "with a new optimizer first."
                 )
 
     def _batches(self, x, y, batch_size, shuffle=False):
@@ -1391,7 +1387,7 @@ class PaliGemma2(keras.Model):
         """
         options = LoraOptions(rank, rank if alpha is None else alpha, dropout)
         paths = list(self._linear_layers())
-        patterns = [pattern] if isinstance(pattern, str) else pattern
+        patterns = [pattern] if isinstance(pattern, str) else pattern or ()
         patterns = [_LORA_PATTERNS.get(name, name) for name in patterns]
         matching = _matching("pattern", patterns, paths)
         if not matching:
@@ -1435,6 +1431,7 @@ class PaliGemma2(keras.Model):
         """Folds LoRA into the kernels, so that it costs no time; `unmerge_lora` takes it back.
 
         The kernels as they were stay in the memory of the host until then, or `drop_lora`.
+        Callbacks of `fit` cannot do it, nor need they to save the model: files have LoRA folded in.
 
         Raises:
             ValueError: if LoRA is not enabled, is merged already, or a kernel is quantized.
@@ -1572,7 +1569,7 @@ class PaliGemma2(keras.Model):
 
     def _linear_layers(self):
         layers = [layer for layer in self._flatten_layers() if isinstance(layer, Linear)]
-        return {layer.path.removeprefix(f"{self.name}/"): layer for layer in layers}
+        return {layer.path.split(f"{self.name}/", 1)[-1]: layer for layer in layers}
 
     def _require_lora(self):
         layers = self.lora_layers()
@@ -1751,6 +1748,25 @@ class _Watch(keras.callbacks.Callback):
             )
 
 
+def _check_arguments(config, preprocessor, dtype_policy):
+    """Refuses what no PaliGemma2 can be made of."""
+    if preprocessor is not None and preprocessor.image_size != config.vision.image_size:
+        raise ValueError(
+            "`preprocessor` and `config` must have the same image size. Received: "
+            f"{preprocessor.image_size} and {config.vision.image_size}"
+        )
+    if preprocessor and preprocessor.tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {preprocessor.tokenizer.vocab_size} tokens, but the model "
+            f"only {config.text.vocab_size}: it is another model's tokenizer."
+        )
+    if dtype_policy.quantization_mode is not None:
+        raise ValueError(
+            "`dtype` must be a policy without quantization: call `quantize`, or pass `quantize=` "
+            f"to `from_preset`. Received: dtype={dtype_policy.name!r}"
+        )
+
+
 def _with_watch(callbacks, data):
     """The callbacks with the watch in front, so that nobody saves weights that are damaged."""
     if isinstance(callbacks, keras.callbacks.Callback):
@@ -1767,10 +1783,11 @@ def _refuse_weights(options):
         )
 
 
-def _read(weights, dtype, quantized=()):
+def _read(weights, dtypes, quantized=()):
     """An iterator over path and tensor of each of `weights`; reading begins at once.
 
-    For the matrix of a layer in `quantized`, a dict by path, it gives what its `encode` returns.
+    `dtypes` is a dict by path. For the matrix of a layer in `quantized`, a dict by path, it gives
+    what its `encode` returns.
     """
 
     def read(path):
@@ -1778,7 +1795,7 @@ def _read(weights, dtype, quantized=()):
         array = weights[path].read()
         if layer in quantized and name == quantized[layer].matrix_name:
             return path, quantized[layer].encode(array)
-        return path, _backend.from_numpy(array, dtype)
+        return path, _backend.from_numpy(array, dtypes[path])
 
     # Largest first: while the embedding is copied, nothing else is in memory yet.
     paths = sorted(weights, key=lambda path: -weights[path].num_bytes)

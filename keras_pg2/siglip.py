@@ -112,8 +112,8 @@ class SiglipBlock(DirectCall, layers.Layer):
             layer.build(input_shape)
 
     def call(self, x, training=None):
-        x = x + self.attention(_backend.recomputed(self.pre_attention_norm)(x))
-        return x + self.mlp(_backend.recomputed(self.pre_mlp_norm)(x))
+        x = ops.add(x, self.attention(_backend.recomputed(self.pre_attention_norm)(x)))
+        return ops.add(x, self.mlp(_backend.recomputed(self.pre_mlp_norm)(x)))
 
     def compute_output_shape(self, input_shape):
         return input_shape

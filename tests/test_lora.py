@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import json
 import re
@@ -376,6 +377,24 @@ def test_fit_trains_a_and_b_alone(batch, is_quantized):
     }
 
 
+def test_a_name_scope_around_the_model(batch, tmp_path):
+    """As in a layer that makes the model in its `build`."""
+    with keras.name_scope("run_1"):
+        model = _model(rank=2, pattern="attention")
+    assert len(model.lora_layers()) == 8
+    for layer in model.lora_layers().values():
+        layer.lora_kernel_b.assign(np.full(layer.lora_kernel_b.shape, 0.1))
+    expected = _numpy(model(batch))
+    model.save_to_preset(tmp_path / "preset")
+    exported = PaliGemma2.from_preset(tmp_path / "preset", dtype="float32")
+    np.testing.assert_allclose(
+        _numpy(exported(batch)), expected, atol=1e-5 * np.abs(expected).max()
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(_numpy(loaded(batch)), expected)
+
+
 def test_model_errors():
     model = _model()
     with pytest.raises(
@@ -420,8 +439,9 @@ def test_merged_layers_are_not_trained(batch):
     assert not any("lora" in v.path for v in model.trainable_variables)
     model.compile(keras.optimizers.SGD(0.1))
     data = {**batch, "suffix_mask": np.ones(batch["token_ids"].shape, bool)}
-    with pytest.raises(ValueError, match=r"query' is merged.*Call `drop_lora\(\)` first"):
-        model.fit(data, verbose=0)
+    for train in (model.fit, model.train_on_batch):
+        with pytest.raises(ValueError, match=r"query' is merged.*Call `drop_lora\(\)` first"):
+            train(data)
 
 
 def test_merged_layers_are_not_quantized():
@@ -479,6 +499,10 @@ def test_weights_file(batch, tmp_path):
     plain.save_weights(path)
     with pytest.raises(ValueError, match=r"does not fit the layer .* which has LoRA and is not q"):
         model.load_weights(path)
+    text = dataclasses.replace(model.config.text, mlp_dim=8)
+    small = PaliGemma2(dataclasses.replace(model.config, text=text))
+    with pytest.raises(ValueError, match=r"of 8 inputs and \d+ units.*into a model of its config"):
+        small.load_weights(path)
 
 
 def test_quantized_weights_file(x, tmp_path):

@@ -86,6 +86,16 @@ def test_losses_and_hits():
     assert float(loss) == pytest.approx(1.75 * right + 0.25 * 9, rel=1e-5)
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_short_rows(length):
+    arrays = [np.ones((2, length, 4)), np.eye(4), np.ones((2, length)), np.ones((2, length))]
+    dtypes = ["float32", "float32", "int32", "float32"]
+    tensors = [ops.convert_to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes)]
+    loss, found, _ = losses.token_losses(*tensors)
+    assert found.shape == (2, length)
+    assert float(loss) == pytest.approx(2 * length * np.log(4))
+
+
 def test_full_logits_never_exist():
     """3B with 4 × 128 tokens of text would have 520 MB of logits; a chunk has 128 MiB at most."""
     length = losses.chunk_length(4, 127, 257_152)

@@ -103,6 +103,36 @@ def test_preprocessor_of_another_size(tokenizer):
         PaliGemma2(_tiny(), Preprocessor(tokenizer, 56))
 
 
+def test_a_quantized_policy():
+    """As keras_hub is told to quantize."""
+    with pytest.raises(ValueError, match=r"call `quantize`.*dtype='int8_from_float32'"):
+        PaliGemma2(_tiny(), dtype="int8_from_float32")
+
+
+def test_weights_that_a_subclass_adds(tmp_path):
+    class Scored(PaliGemma2):
+        def build(self, input_shape=None):
+            super().build(input_shape)
+            self.head = keras.layers.Dense(1, name="head")
+            self.head.build((None, 16))
+
+    with pytest.raises(ValueError, match=r"no place for weights .*: head/bias, head/kernel"):
+        Scored(_tiny()).save_to_preset(tmp_path / "preset")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_of_symbols():
+    model = PaliGemma2(_tiny())
+    inputs = {
+        "images": keras.KerasTensor((None, 1, 28, 28, 3)),
+        "token_ids": keras.KerasTensor((None, 5), "int32"),
+        "loss_mask": keras.KerasTensor((None, 5), "bool"),
+    }
+    outputs = model.compute_output_spec(inputs)
+    assert outputs["loss"].shape == ()
+    assert outputs["num_tokens"].shape == (None,)
+
+
 def test_keras_file_round_trip(model, image, inputs, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")

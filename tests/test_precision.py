@@ -111,6 +111,26 @@ def _stream(model, inputs, tower):
     return ops.convert_to_numpy(seen[0])
 
 
+@pytest.mark.parametrize(
+    ("default", "pattern", "dtype"),
+    [
+        ("float32", "paligemma2/text/block_1/.*", "bfloat16"),
+        ("float32", "paligemma2/vision/block_1/.*", "bfloat16"),
+        ("float32", ".*/up", "bfloat16"),
+        ("bfloat16", "paligemma2/text/embedding", "float32"),
+    ],
+)
+def test_dtypes_of_single_layers(data, inputs, default, pattern, dtype):
+    policy = keras.dtype_policies.DTypePolicyMap(default_policy=default)
+    policy[pattern] = keras.DTypePolicy(dtype)
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=policy)
+    values = {ops.dtype(v.value) for v in model.variables}
+    assert values == {v.dtype for v in model.variables} == {"float32", "bfloat16"}
+    expected = _logits(PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32"), inputs)
+    error = _rms(_logits(model, inputs) - expected)
+    assert 0 < error < BOUNDS["bfloat16"] * _rms(expected)
+
+
 def test_linear_in_float16():
     """Rows of any size, each scaled by its own power of two."""
     rng = np.random.default_rng(0)

@@ -232,7 +232,7 @@ def test_layer_files(scheme, tmp_path):
     x = np.ones((2, 588), "float32")
     np.testing.assert_array_equal(_numpy(layers[1](x)), _numpy(layers[0](x)))
     plain = keras.Sequential([keras.Input((588,)), Linear(200)])
-    with pytest.raises(ValueError, match=r"is not quantized\. Load a file after"):
+    with pytest.raises(ValueError, match=r"is not quantized\. Load a file into"):
         plain.load_weights(tmp_path / "model.weights.h5")
 
 

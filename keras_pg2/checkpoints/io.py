@@ -337,10 +337,20 @@ def to_source(weights, format, config):
 
     Returns:
         dict of the format's name to LazyTensor.
+
+    Raises:
+        ValueError: if there are other weights, such as a subclass may add.
     """
     groups = collections.defaultdict(list)
+    unknown = set(weights)
     for spec in names.tensor_specs(format, config):
         groups[spec.name].append(spec)
+        unknown.discard(spec.path)
+    if unknown:
+        raise ValueError(
+            "A checkpoint has no place for weights that were added to the model: "
+            f"{shorten(unknown)}. `model.save` keeps them."
+        )
 
     def lazy(specs):
         dtype = weights[specs[0].path].dtype
