@@ -1,6 +1,7 @@
 """Draws boxes, masks, labels and scores on pictures."""
 
 import colorsys
+import logging
 import math
 
 import numpy as np
@@ -9,12 +10,18 @@ from PIL import Image, ImageDraw, ImageFont
 from keras_pg2.preprocessing import image_pixels
 from keras_pg2.tasks import Detections
 
+_LOG = logging.getLogger(__name__)
+# Fonts of many scripts, by the names under which Pillow finds them where they are installed.
+_FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf"),
+    *("arial.ttf", "msyh.ttc"),
+)
 _MASK_OPACITY = 0.45
 _TEXT_SHARE = 0.032  # height of letters, of the mean side of the picture
 _SMALLEST_SIDE = 480  # of the result, pixels: labels need room
 
 
-def draw(image, detections):
+def draw(image, detections, font=None):
     """A copy of a picture with objects drawn on it.
 
     The colour of a label is the same in every picture. Boxes and masks have a light and
@@ -24,11 +31,14 @@ def draw(image, detections):
     Args:
         image: a path, a PIL image or an array, see `PaliGemma2.generate`.
         detections: Detections, as `PaliGemma2.detect` and `segment` return them.
+        font: path of a TrueType font for the labels, or None for Pillow's own. That has few letters
+            but English ones; where it lacks one, an installed font that has them all is taken.
 
     Returns:
         PIL.Image, RGB.
 
     Raises:
+        OSError: if the font cannot be read.
         TypeError: if `detections` is not of one picture.
         ValueError: if the detections are of a picture of another size.
 
@@ -61,14 +71,41 @@ def draw(image, detections):
     for item in order:
         box = [place * scale for place in item.box]
         _frame(canvas, box, _color(item), line, picture.size)
-    font = ImageFont.load_default(max(11, round(unit * _TEXT_SHARE)))
+    texts = [" ".join(filter(None, [item.label, _percent(item.score)])) for item in order]
+    font = _font(font, max(11, round(unit * _TEXT_SHARE)), "".join(texts))
     taken = []
-    for item in reversed(order):
-        text = " ".join(filter(None, [item.label, _percent(item.score)]))
+    for item, text in zip(reversed(order), reversed(texts)):
         if text:
             box = [place * scale for place in item.box]
             taken.append(_label(canvas, box, text, _color(item), font, line, picture.size, taken))
     return picture
+
+
+def _font(path, size, text):
+    """The font of a path, or the first known one that has all letters of the text."""
+    if path is not None:
+        return ImageFont.truetype(path, size)
+    own = ImageFont.load_default(size)
+    if _has_letters(own, text):
+        return own
+    for name in _FONTS:
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:  # not installed
+            continue
+        if _has_letters(font, text):
+            return font
+    _LOG.warning("No font was found that has all letters of %r: pass `font` to `draw`.", text)
+    return own
+
+
+def _has_letters(font, text):
+    def shape(letter):
+        mask = font.getmask(letter)
+        return mask.size, bytes(mask)
+
+    missing = shape("\uffff")  # no letter, so that a font shows what it has in place of one
+    return not any(shape(letter) == missing for letter in set(text) if not letter.isspace())
 
 
 def _area(box):

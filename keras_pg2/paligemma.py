@@ -1431,7 +1431,7 @@ class PaliGemma2(keras.Model):
         """Folds LoRA into the kernels, so that it costs no time; `unmerge_lora` takes it back.
 
         The kernels as they were stay in the memory of the host until then, or `drop_lora`.
-        Callbacks of `fit` cannot do it, nor need they to save the model: files have LoRA folded in.
+        Callbacks of `fit` cannot do it, nor need they: `save_hf` and the like fold LoRA in.
 
         Raises:
             ValueError: if LoRA is not enabled, is merged already, or a kernel is quantized.

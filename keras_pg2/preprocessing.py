@@ -432,7 +432,9 @@ def _opened(path):
     path = os.fspath(path)
     if not os.path.isfile(path):
         name = "image file, but a folder" if os.path.isdir(path) else "such image file"
-        raise FileNotFoundError(f"No {name}: {path!r}")
+        is_address = str(path).startswith(("http://", "https://"))
+        hint = ". Addresses are not fetched: download the picture first" if is_address else ""
+        raise FileNotFoundError(f"No {name}: {path!r}{hint}")
     try:
         return Image.open(path)
     except PermissionError:

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from keras_pg2 import Detection, Detections, draw
+from keras_pg2 import Detection, Detections, draw, drawing
 from keras_pg2.drawing import _color, _edge
 
 
@@ -100,3 +100,32 @@ def test_a_picture_looks_as_it_did(data):
     image = np.stack([x * 255 / 639, y * 255 / 479, (x + y) * 255 / 1118], axis=-1)
     drawn = np.asarray(draw(image.astype("uint8"), scene()), "float32")
     assert np.abs(drawn - expected).mean() < 0.5
+
+
+def test_letters_that_the_font_lacks(monkeypatch, caplog):
+    """Whichever fonts are installed: Pillow's own has English letters alone."""
+    read, own = ImageFont.truetype, ImageFont.load_default(20)
+    image = np.zeros((480, 640, 3), "uint8")
+    cat = Detections((Detection("кошка", (9.0, 9.0, 99.0, 99.0)),), 640, 480)
+    installed = []
+
+    class Full:  # has every letter
+        def getmask(self, letter):
+            return own.getmask("i" if letter == "\uffff" else "m")
+
+    def truetype(font, *args, **kwargs):
+        if not isinstance(font, str):  # Pillow's own is no file
+            return read(font, *args, **kwargs)
+        if font not in installed:
+            raise OSError(font)
+        return Full()
+
+    monkeypatch.setattr(ImageFont, "truetype", truetype)
+    assert drawing._font(None, 20, "cat 87%").getname() == own.getname()
+    draw(image, cat)
+    assert "'кошка': pass `font` to `draw`" in caplog.text
+    with pytest.raises(OSError, match=r"mine\.ttf"):
+        draw(image, cat, font="mine.ttf")
+    installed += [drawing._FONTS[1], "mine.ttf"]
+    assert isinstance(drawing._font(None, 20, "кошка"), Full)
+    assert isinstance(drawing._font("mine.ttf", 20, "cat"), Full)

@@ -164,6 +164,8 @@ def test_bytes_are_no_image(preprocessor):
 def test_missing_file(preprocessor, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cat\.jpg"):
         preprocessor.load_image(tmp_path / "cat.jpg")
+    with pytest.raises(FileNotFoundError, match=r"are not fetched: download the picture first"):
+        preprocessor.load_image("https://example.com/cat.jpg")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all"])

@@ -232,6 +232,19 @@ def test_a_stopped_run_goes_on_as_it_would_have(preprocessor, teacher, tmp_path)
         np.testing.assert_array_equal(weight, parts.averaged_weights()[path], err_msg=path)
 
 
+def test_a_run_that_goes_on_has_its_options(tmp_path):
+    path = tmp_path / "options.json"
+    none = {"minutes": None, "seed": None}
+    began = {"minutes": 3.0, "seed": 0}
+    assert train.remember(path, {"minutes": 3.0, "seed": None}, False) == began
+    assert train.remember(path, none, True) == began
+    assert train.remember(path, {"minutes": 3.0, "seed": 0}, True) == began
+    with pytest.raises(ValueError, match=r"has --minutes 3\.0, and cannot go on with 4"):
+        train.remember(path, {"minutes": 4.0, "seed": None}, True)
+    assert train.remember(path, none, True) == began
+    assert train.remember(path, none, False) == {"minutes": 130.0, "seed": 0}
+
+
 def _stop_after(run, place):
     """A log that saves and stops the run at a step of a lesson."""
 

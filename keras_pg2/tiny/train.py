@@ -701,6 +701,32 @@ class _Recorder(keras.callbacks.Callback):
         return True
 
 
+def remember(path, given, is_resumed):
+    """The options of a run: those given when it began.
+
+    Args:
+        path: path of the JSON file that keeps them.
+        given: dict of name to value, or None where none is given.
+        is_resumed: bool, whether the run goes on.
+
+    Raises:
+        ValueError: if others are given to a run that goes on.
+    """
+    options = {"minutes": 130.0, "seed": 0}
+    if is_resumed and os.path.exists(path):
+        with open(path) as file:
+            options = json.load(file)
+    for name, value in given.items():
+        if is_resumed and value not in (None, options[name]):
+            raise ValueError(
+                f"this run has --{name} {options[name]}, and cannot go on with {value}"
+            )
+        options[name] = options[name] if value is None else value
+    with open(path, "w") as file:
+        json.dump(options, file)
+    return options
+
+
 def main(arguments=None):
     """Runs `python -m keras_pg2.tiny.train`."""
     parser = argparse.ArgumentParser(
@@ -708,11 +734,9 @@ def main(arguments=None):
         description="Train the tiny PaliGemma 2 from nothing.",
     )
     parser.add_argument("out", help="folder of the preset to write; OUT.run has log and state")
-    parser.add_argument(
-        "--minutes", type=float, default=130, help="on two free cores; default: 130"
-    )
+    parser.add_argument("--minutes", type=float, help="on two free cores; default: 130")
     parser.add_argument("--resume", action="store_true", help="go on from the state in OUT.run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--codec", metavar="FILE", default=CODEC, help="weights of the codec")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -724,13 +748,18 @@ def main(arguments=None):
     if os.path.exists(folder) and not options.resume:
         parser.error(f"{folder} exists already: go on with --resume, or remove it")
     os.makedirs(folder, exist_ok=True)
+    given = {"minutes": options.minutes, "seed": options.seed}
+    try:
+        began = remember(os.path.join(folder, "options.json"), given, options.resume)
+    except ValueError as error:
+        parser.error(str(error))
 
     tokenizer = train_tokenizer(os.path.join(folder, "tokenizer.model"))
     preprocessor = Preprocessor(tokenizer, IMAGE_SIZE)
     codec = SegmentationCodec.from_file(options.codec)
     renderer, held_out = SceneRenderer("train"), SceneRenderer("test")
-    teacher = Teacher(renderer, preprocessor, renderer.segment_codes(codec.encode), options.seed)
-    student = Student(new_model(preprocessor, options.seed))
+    teacher = Teacher(renderer, preprocessor, renderer.segment_codes(codec.encode), began["seed"])
+    student = Student(new_model(preprocessor, began["seed"]))
     # In the dtype of the file. A model of its own, since those of the student are compiled.
     graduate = PaliGemma2(CONFIG, preprocessor, dtype="float16")
 
@@ -741,7 +770,7 @@ def main(arguments=None):
             variable.assign(weights[path])
         return evaluate(graduate, num_examples, renderer=held_out)
 
-    run = Run(folder, student, teacher, lessons(options.minutes), check)
+    run = Run(folder, student, teacher, lessons(began["minutes"]), check)
     if options.resume:
         run.resume()
     run.train()
