@@ -29,7 +29,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv=None):
-    """Runs the command. Returns the exit code: 0, 1 after errors that were printed, or 130."""
+    """Runs the command. Returns 0, 1 after errors that were printed, or 130 after Ctrl+C."""
     options = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # no letter ends a run, whatever the terminal knows
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -98,7 +98,8 @@ def _parser():
     demo.set_defaults(run=_demo)
 
     info = commands.add_parser(
-        "info", help="show what a checkpoint is and needs; its weights are not downloaded"
+        "info",
+        help="show what a checkpoint is and needs; weights are not downloaded, but for a .npz",
     )
     info.add_argument(
         "checkpoint",
@@ -247,6 +248,8 @@ def _image_paths(names):
                 raise FileNotFoundError(f"The folder {name!r} has no pictures.")
         elif os.path.exists(name):
             found = [name]
+        elif "://" in name:
+            raise FileNotFoundError(f"Addresses are not fetched: download {name!r} first.")
         elif not glob.has_magic(name):
             raise FileNotFoundError(f"No such image file: {name!r}")
         else:
@@ -346,7 +349,8 @@ def _info(options):
         if options.image_size is not None:
             config = config.replace(image_size=options.image_size)
         stored = collections.Counter()
-        if os.path.exists(options.checkpoint) or options.checkpoint == _TINY:
+        is_here = os.path.exists(os.path.expanduser(options.checkpoint))
+        if is_here or options.checkpoint == _TINY:
             for tensor in checkpoint.weights().values():
                 stored[tensor.dtype] += math.prod(tensor.shape)
     parameters = collections.Counter()

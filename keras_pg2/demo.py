@@ -1,5 +1,7 @@
 """A web page to try a model on: `keras-pg2 demo`."""
 
+import threading
+
 import gradio
 from PIL import Image
 from starlette.middleware import Middleware
@@ -41,20 +43,24 @@ def build(model, title="PaliGemma 2"):
     Returns:
         gradio.Blocks. `launch` serves it.
     """
+    # Gradio lets one run at a time, but the thread of one that was stopped goes on to its next
+    # piece, or to the end.
+    lock = threading.Lock()
 
     def run(image, task, text, lang):
         """Pieces of text, and the picture with what was found: tuples as Gradio wants them."""
         if image is None:
             raise gradio.Error("Upload a picture, or choose a sample.")
         text = text or ""  # nothing was typed yet
-        if len(text) > _MAX_TEXT:
+        if len(text) + len(lang or "") > _MAX_TEXT:
             raise gradio.Error(f"At most {_MAX_TEXT} characters, please.")
         if image.width * image.height > _MAX_PIXELS:
             raise gradio.Error(f"At most {_MAX_PIXELS // 10**6} million pixels, please.")
         try:
             image = Image.fromarray(image_pixels(image))
             if task in ("detect", "segment"):
-                found = getattr(model, task)(image, text)
+                with lock:
+                    found = getattr(model, task)(image, text)
                 rows = [
                     [item.label, f"{item.score:.0%}", " ".join(f"{x:.0f}" for x in item.box)]
                     for item in found
@@ -62,7 +68,12 @@ def build(model, title="PaliGemma 2"):
                 yield found.text or "nothing found", draw(image, found), rows
                 return
             answer, prompt = "", _prompt(task, text, lang)
-            for piece in model.stream(image, prompt, **tasks.longest_answer(prompt)):
+            pieces = model.stream(image, prompt, **tasks.longest_answer(prompt))
+            while True:
+                with lock:  # not while it yields: a run that was stopped would keep it
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
                 answer += piece
                 yield answer, None, []
             if not answer:
@@ -138,13 +149,16 @@ def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860, share=False)
         gradio.Blocks, with `local_url`, `share_url`, `block_thread` and `close`.
 
     Raises:
-        OSError: if the port is taken.
+        OSError: if the port is taken, or the host is no address of this machine.
+        ValueError: if there is no such port.
 
     Example:
         >>> from keras_pg2 import demo
         >>> page = demo.launch(model, share=True)  # in a Colab or Kaggle notebook
         >>> print(page.share_url)
     """
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"`port` must be in [0, 65535]. Received: port={port}")
     page = build(model, title)
     try:
         page.queue(max_size=16).launch(
@@ -159,8 +173,8 @@ def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860, share=False)
         )
     except OSError as error:
         raise OSError(
-            f"The page cannot be served on port {port} of {host}: the port may be taken. Choose "
-            "another, or 0 for any that is free."
+            f"The page cannot be served on port {port} of {host}: the port may be taken (0 takes "
+            f"any that is free), or {host} is no address of this machine."
         ) from error
     return page
 

@@ -13,8 +13,12 @@ from keras_pg2.tasks import Detections
 _LOG = logging.getLogger(__name__)
 # Fonts of many scripts, by the names under which Pillow finds them where they are installed.
 _FONTS = (
-    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf"),
-    *("arial.ttf", "msyh.ttc"),
+    "DejaVuSans.ttf",  # most Linux systems
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "Arial Unicode.ttf",  # macOS
+    "arial.ttf",  # Windows
+    "msyh.ttc",
 )
 _MASK_OPACITY = 0.45
 _TEXT_SHARE = 0.032  # height of letters, of the mean side of the picture
@@ -32,7 +36,8 @@ def draw(image, detections, font=None):
         image: a path, a PIL image or an array, see `PaliGemma2.generate`.
         detections: Detections, as `PaliGemma2.detect` and `segment` return them.
         font: path of a TrueType font for the labels, or None for Pillow's own. That has few letters
-            but English ones; where it lacks one, an installed font that has them all is taken.
+            but Western European ones; where it lacks one, an installed font that has them all is
+            taken.
 
     Returns:
         PIL.Image, RGB.
@@ -84,28 +89,37 @@ def draw(image, detections, font=None):
 def _font(path, size, text):
     """The font of a path, or the first known one that has all letters of the text."""
     if path is not None:
-        return ImageFont.truetype(path, size)
+        try:
+            return ImageFont.truetype(path, size)
+        except OSError as error:
+            raise OSError(
+                f"`font` must be the path of a TrueType font. Received: font={path!r}: {error}"
+            ) from error
     own = ImageFont.load_default(size)
-    if _has_letters(own, text):
+    if not _missing_letters(own, text):
         return own
     for name in _FONTS:
         try:
             font = ImageFont.truetype(name, size)
         except OSError:  # not installed
             continue
-        if _has_letters(font, text):
+        if not _missing_letters(font, text):
             return font
-    _LOG.warning("No font was found that has all letters of %r: pass `font` to `draw`.", text)
+    letters = "".join(_missing_letters(own, text))
+    _LOG.warning("No font was found that has the letters %r: pass `font` to `draw`.", letters)
     return own
 
 
-def _has_letters(font, text):
+def _missing_letters(font, text):
+    """list of the letters of a text that a font lacks."""
+
     def shape(letter):
         mask = font.getmask(letter)
         return mask.size, bytes(mask)
 
     missing = shape("\uffff")  # no letter, so that a font shows what it has in place of one
-    return not any(shape(letter) == missing for letter in set(text) if not letter.isspace())
+    letters = sorted(letter for letter in set(text) if not letter.isspace())
+    return [letter for letter in letters if shape(letter) == missing]
 
 
 def _area(box):

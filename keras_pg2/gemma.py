@@ -103,6 +103,7 @@ class GemmaAttention(DirectCall, layers.Layer):
 
 
 def _gelu_times(gate, up):
+    # By `ops`, since a DTypePolicyMap may give different dtypes.
     return ops.multiply(activations.gelu(gate, approximate=True), up)
 
 
@@ -216,7 +217,7 @@ class GemmaBlock(DirectCall, layers.Layer):
             update = self.post_attention_norm(update)
         if config.dropout and training:
             update = keras.random.dropout(update, config.dropout, seed=self.attention_seed)
-        x = ops.add(x, update)  # of other dtypes, too: a DTypePolicyMap may ask for it
+        x = ops.add(x, update)  # likewise
         update = self.mlp(self.pre_mlp_norm(x))
         if config.use_post_norms:
             update = self.post_mlp_norm(update)

@@ -72,7 +72,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
     Args:
         units: int, size of the output.
         use_bias: bool.
-        **kwargs: see `keras.layers.Dense`; there is no `activation`.
+        **kwargs: see `keras.layers.Dense`, but for `activation`, which is refused.
 
     Attributes:
         lora: LoraOptions, or None without LoRA.
@@ -91,6 +91,8 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
 
     def __init__(self, units, use_bias=True, **kwargs):
         super().__init__(units, use_bias=use_bias, **kwargs)
+        if self.activation is not keras.activations.linear:
+            raise ValueError(f"A Linear has no `activation`. Received: {self.activation}")
         # Casting float32 activations to float16 on entry would overflow.
         self.autocast = False
         self.lora = None

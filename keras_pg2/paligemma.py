@@ -139,8 +139,9 @@ class PaliGemma2(keras.Model):
             PaliGemma2. Its `preprocessor` is None if no tokenizer was found.
 
         Raises:
-            ConnectionError: if a download breaks off.
+            ConnectionError: if a download fails.
             FileNotFoundError: if there is no checkpoint.
+            ImportError: if the package of a hub is missing.
             PermissionError: if a licence must be accepted first; the message says where.
             ValueError: if it is damaged, of another model, or does not fit its config.
 
@@ -168,8 +169,7 @@ class PaliGemma2(keras.Model):
         policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
         # Reading begins while the model is made, unless that must tell how to read.
         is_known = not quantize and not isinstance(policy, keras.dtype_policies.DTypePolicyMap)
-        dtypes = dict.fromkeys(weights, policy.variable_dtype)
-        reading = _read(weights, dtypes) if is_known else None
+        reading = _read(weights, dict.fromkeys(weights, policy.variable_dtype)) if is_known else ()
         with _backend.variables_without_values():
             model = cls(config, preprocessor, dtype=policy)
             if quantize:
@@ -249,6 +249,7 @@ class PaliGemma2(keras.Model):
 
         Raises:
             FileExistsError: if `folder` exists and `overwrite` is False.
+            ValueError: if the model is quantized, or a subclass added weights.
         """
         self._save(folder, "preset", overwrite=overwrite)
 
@@ -265,7 +266,8 @@ class PaliGemma2(keras.Model):
 
         Raises:
             FileExistsError: if `folder` exists and `overwrite` is False.
-            ValueError: if transformers cannot express the config.
+            ValueError: if transformers cannot express the config, the model is quantized, or a
+                subclass added weights.
         """
         self._save(folder, "hf", dtype, overwrite)
 
@@ -323,7 +325,7 @@ class PaliGemma2(keras.Model):
 
     def variables_by_path(self):
         """dict of path without the model's name, as "text/block_3/mlp/up/kernel", to variable."""
-        return {v.path.split(f"{self.name}/", 1)[-1]: v for v in self.variables}
+        return {v.path.removeprefix(f"{self.path}/"): v for v in self.variables}
 
     def build(self, input_shape=None):
         self.vision.build()
@@ -1299,8 +1301,7 @@ class PaliGemma2(keras.Model):
                 variable.trainable = False
         for variable in variables.values():
             variable.trainable = value
-        # Those of jax know variables by their places among the trainable ones and the others.
-        self.train_function = self.test_function = self.predict_function = None
+        self._forget_functions()
         self._report_trainable()
 
     def _report_trainable(self):
@@ -1506,6 +1507,7 @@ class PaliGemma2(keras.Model):
                 "hf://org/repo", or "kaggle://owner/model/framework/variation".
 
         Raises:
+            ConnectionError, ImportError, PermissionError: if a hub does not give it.
             FileNotFoundError: if the adapter or a file of it is missing.
             ValueError: if the adapter is damaged, of a kind that is not supported (DoRA, trained
                 biases, …) or does not fit the model, or LoRA is enabled.
@@ -1569,7 +1571,7 @@ class PaliGemma2(keras.Model):
 
     def _linear_layers(self):
         layers = [layer for layer in self._flatten_layers() if isinstance(layer, Linear)]
-        return {layer.path.split(f"{self.name}/", 1)[-1]: layer for layer in layers}
+        return {layer.path.removeprefix(f"{self.path}/"): layer for layer in layers}
 
     def _require_lora(self):
         layers = self.lora_layers()
@@ -1585,8 +1587,13 @@ class PaliGemma2(keras.Model):
     def _renew_programs(self):
         """Forgets compiled programs, since they captured the set of variables."""
         self.programs = _backend.Programs(self.programs.compile_steps)
-        self.train_function = self.test_function = self.predict_function = None
+        self._forget_functions()
         _backend.track_variables(self)
+
+    def _forget_functions(self):
+        """Has Keras make its own anew. With jax they know variables by their places in two lists,
+        of the trainable ones and of the others."""
+        self.train_function = self.test_function = self.predict_function = None
 
     # Saving, as Keras asks for it
 
@@ -1760,11 +1767,13 @@ def _check_arguments(config, preprocessor, dtype_policy):
             f"The tokenizer has {preprocessor.tokenizer.vocab_size} tokens, but the model "
             f"only {config.text.vocab_size}: it is another model's tokenizer."
         )
-    if dtype_policy.quantization_mode is not None:
-        raise ValueError(
-            "`dtype` must be a policy without quantization: call `quantize`, or pass `quantize=` "
-            f"to `from_preset`. Received: dtype={dtype_policy.name!r}"
-        )
+    is_map = isinstance(dtype_policy, keras.dtype_policies.DTypePolicyMap)
+    for policy in (dtype_policy, *(dtype_policy.values() if is_map else ())):
+        if policy.quantization_mode is not None:
+            raise ValueError(
+                "`dtype` must be a policy without quantization: call `quantize`, or pass "
+                f"`quantize=` to `from_preset`. Received: dtype={policy.name!r}"
+            )
 
 
 def _with_watch(callbacks, data):

@@ -112,6 +112,7 @@ class SiglipBlock(DirectCall, layers.Layer):
             layer.build(input_shape)
 
     def call(self, x, training=None):
+        # `ops.add`: a DTypePolicyMap may give different dtypes.
         x = ops.add(x, self.attention(_backend.recomputed(self.pre_attention_norm)(x)))
         return ops.add(x, self.mlp(_backend.recomputed(self.pre_mlp_norm)(x)))
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -792,7 +793,9 @@ def test_unofficial_names(name):
         ("https://huggingface.co/google/paligemma2", "'hf://google/paligemma2'"),
         ("pali_gemma2_mix_3b_224", "'kaggle://keras/paligemma2/keras/pali_gemma2_mix_3b_224'"),
         ("pali_gemma_3b_224", "'kaggle://keras/paligemma/keras/pali_gemma_3b_224'"),
+        ("pali_gemma2_mix_28b_224", "'kaggle://keras/paligemma2/keras/pali_gemma2_28b_mix_224'"),
         ("paligemma2-3b-mix-224", "a folder without a config.json"),
+        ("../mine", "Received: preset='../mine'"),
     ],
 )
 def test_names_of_others(tmp_path, monkeypatch, name, hint):
@@ -800,7 +803,7 @@ def test_names_of_others(tmp_path, monkeypatch, name, hint):
     (tmp_path / "paligemma2-3b-mix-224").mkdir()  # as a download that broke off leaves
     with pytest.raises(FileNotFoundError) as caught:
         presets.find_checkpoint(name)
-    assert hint in str(caught.value)
+    assert str(caught.value).endswith(hint)
 
 
 @pytest.mark.parametrize(
@@ -809,13 +812,15 @@ def test_names_of_others(tmp_path, monkeypatch, name, hint):
         ("GatedRepoError", PermissionError, "Accept its licence at https.*hf auth login"),
         ("RepositoryNotFoundError", FileNotFoundError, "no google/paligemma2-3b-pt-224"),
         ("RevisionNotFoundError", FileNotFoundError, "no google/paligemma2-3b-pt-224"),
-        ("HTTPError", ConnectionError, "broke off: no. Run it again"),
+        ("HfHubHTTPError", ConnectionError, "did not give google/.*Run it again"),
+        ("LocalEntryNotFoundError", ConnectionError, "did not give google/.*Run it again"),
+        (RuntimeError, ConnectionError, "did not give google/.*Run it again"),  # of its libraries
     ],
 )
 def test_hugging_face_refuses(monkeypatch, error, expected, message):
     hub = pytest.importorskip("huggingface_hub")
     errors = pytest.importorskip("huggingface_hub.errors")
-    error = Exception if error == "HTTPError" else getattr(errors, error)
+    error = getattr(errors, error) if isinstance(error, str) else error
 
     def download(*args, **kwargs):
         raise error.__new__(error, "no")  # their constructors want a response
@@ -823,6 +828,20 @@ def test_hugging_face_refuses(monkeypatch, error, expected, message):
     monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(expected, match=message):
         presets.find_checkpoint("paligemma2-3b-pt-224")
+
+
+def test_a_full_disk_is_no_broken_download(monkeypatch):
+    hub, kaggle = pytest.importorskip("huggingface_hub"), pytest.importorskip("kagglehub")
+
+    def download(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(kaggle, "model_download", download)
+    for name in ("hf://me/mine", "kaggle://me/mine/keras/tiny"):
+        with pytest.raises(OSError, match="No space left") as caught:
+            presets.find_checkpoint(name)
+        assert type(caught.value) is OSError
 
 
 def test_kaggle(data, monkeypatch):
@@ -838,12 +857,15 @@ def test_kaggle(data, monkeypatch):
         (403, PermissionError, r"licence at .*models/keras/paligemma2.*KAGGLE_KEY"),
         (404, FileNotFoundError, "There is no keras/paligemma2"),
         (500, ConnectionError, "Kaggle did not give keras/paligemma2"),
+        (None, ConnectionError, "Kaggle did not give keras/paligemma2"),
     ],
 )
 def test_kaggle_refuses(monkeypatch, status, expected, message):
     hub = pytest.importorskip("kagglehub")
 
     def download(handle, path):
+        if status is None:
+            raise hub.exceptions.BackendError("no")
         error = hub.exceptions.KaggleApiHTTPError.__new__(hub.exceptions.KaggleApiHTTPError, "no")
         error.response = type("Response", (), {"status_code": status})
         raise error
@@ -857,23 +879,42 @@ def test_the_config_alone_is_fetched(data, monkeypatch):
     hub, kaggle = pytest.importorskip("huggingface_hub"), pytest.importorskip("kagglehub")
     calls = []
 
-    def download(repository, revision=None, allow_patterns=None):
+    def download(repository, revision, allow_patterns):
         calls.append(allow_patterns)
-        if repository == "me/npz":  # which has no config
-            return str(data if len(allow_patterns) == 1 else data / "bv_tiny_paligemma2.npz")
         return str(data / "hf_tiny_paligemma2")
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     monkeypatch.setattr(kaggle, "model_download", lambda handle, path: str(data / handle / path))
     config = presets.find_checkpoint("hf://me/mine", only_config=True).config
     assert calls == [["config.json"]]
-    folder = "keras_hub_tiny_paligemma2"
-    assert presets.find_checkpoint(f"kaggle://{folder}", only_config=True).path == str(
-        data / folder
-    )
-    found = presets.find_checkpoint("hf://me/npz", only_config=True)
-    assert (found.format, found.config.text.width) == ("big-vision", config.text.width)
-    assert "*.npz" in calls[-1]
+    assert config.text.width == 40
+    name = "keras_hub_tiny_paligemma2"
+    assert presets.find_checkpoint(f"kaggle://{name}", only_config=True).path == str(data / name)
+
+
+@pytest.mark.parametrize("hub", ["hf", "404 of kaggle", "ValueError of kaggle"])
+def test_all_is_fetched_where_there_is_no_config(data, monkeypatch, tmp_path, hub):
+    """A big_vision file has none."""
+    hugging_face, kaggle = (pytest.importorskip(f"{x}hub") for x in ("huggingface_", "kaggle"))
+    shutil.copy(data / "bv_tiny_paligemma2.npz", tmp_path / "paligemma2.npz")
+
+    def download(repository, revision, allow_patterns):
+        return str(tmp_path / "empty" if allow_patterns == ["config.json"] else tmp_path)
+
+    def download_of_kaggle(handle, path):
+        if path is None:
+            return str(tmp_path)
+        if hub.startswith("ValueError"):
+            raise ValueError("'config.json' is not present in the model files")
+        error = kaggle.exceptions.KaggleApiHTTPError
+        error = error.__new__(error, "no")
+        error.response = type("Response", (), {"status_code": 404})
+        raise error
+
+    monkeypatch.setattr(hugging_face, "snapshot_download", download)
+    monkeypatch.setattr(kaggle, "model_download", download_of_kaggle)
+    name = "hf://me/mine" if hub == "hf" else "kaggle://google/paligemma-2/jax/mine"
+    assert presets.find_checkpoint(name, only_config=True).format == "big-vision"
 
 
 def test_a_folder_with_one_npz(data, tmp_path):
@@ -892,7 +933,9 @@ def test_upload(model, monkeypatch):
         format = "adapter" if is_adapter else presets.find_checkpoint(folder).format
         calls.append((kwargs.get("repo_id") or args[0], format))
 
-    monkeypatch.setattr(hub, "create_repo", lambda repository, exist_ok: None)
+    made = []
+    monkeypatch.setattr(hub, "whoami", lambda: None)
+    monkeypatch.setattr(hub, "create_repo", lambda name, exist_ok: made.append(name))
     monkeypatch.setattr(hub, "upload_folder", record)
     monkeypatch.setattr(kaggle, "model_upload", record)
     model.upload_preset("hf://me/mine")
@@ -907,8 +950,12 @@ def test_upload(model, monkeypatch):
     ]
     with pytest.raises(ValueError, match="Call `enable_lora` or"):
         model.upload_adapter("hf://me/adapter")
-    monkeypatch.setattr(presets, "save_checkpoint", None)  # the target is looked at first
-    with pytest.raises(ValueError, match="`target` must be hf://org/repo"):
+    assert made == ["me/mine", "me/adapter"]
+    monkeypatch.setattr(presets, "save_checkpoint", None)
+    with pytest.raises(TypeError):
+        model.upload_preset("hf://me/new")
+    assert "me/new" not in made  # nothing is left where nothing was written
+    with pytest.raises(ValueError, match="`target` must be hf://org/repo"):  # looked at first
         model.upload_preset("me/mine")
     with pytest.raises(ValueError, match="`format` must be"):
         model.upload_preset("hf://me/mine", format="big-vision")

@@ -131,6 +131,8 @@ def test_errors_are_one_line(data, picture, capsys):
     assert captured.err == "keras-pg2: No such image file: 'nowhere.jpg'\n"
     assert cli.main(["generate", picture, "ocr", "--preset", "nowhere"]) == 1
     assert "`preset` must be" in capsys.readouterr().err
+    assert cli.main(["ocr", "https://example.com/cat.jpg?size=1"]) == 1
+    assert "download 'https://example.com/cat.jpg?size=1' first" in capsys.readouterr().err
 
 
 def test_usage(capsys):
@@ -243,7 +245,8 @@ def test_npz_without_a_tokenizer(data, picture, tmp_path, capsys):
     assert "pass the path of paligemma_tokenizer.model as --tokenizer" in capsys.readouterr().err
 
 
-def test_dtype_and_quantization(data, picture, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_and_quantization(data, picture, monkeypatch, dtype):
     loaded = []
     load = PaliGemma2.from_preset
 
@@ -252,19 +255,20 @@ def test_dtype_and_quantization(data, picture, monkeypatch):
         return loaded[-1]
 
     monkeypatch.setattr(PaliGemma2, "from_preset", record)
-    command = ["ocr", picture, "--preset", str(data / "hf_tiny_paligemma2")]
-    rest = ["--max-new-tokens", "1"]
-    assert cli.main([*command, "--dtype", "bfloat16", *rest]) == 0
-    assert loaded[-1].compute_dtype == "bfloat16"
-    assert cli.main([*command, "--quantize", "int8", *rest]) == 0
+    command = ["ocr", picture, "--preset", str(data / "hf_tiny_paligemma2"), "--dtype", dtype]
+    assert cli.main([*command, "--quantize", "int8", "--max-new-tokens", "1"]) == 0
+    assert loaded[-1].compute_dtype == dtype
     assert loaded[-1].text.embedding.quantized.mode == "int8"
 
 
-def test_version_and_interruption(picture, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
+    assert caught.value.code == 0
     assert capsys.readouterr().out == f"keras-pg2 {keras_pg2.__version__}\n"
 
+
+def test_interruption(picture, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -292,7 +296,12 @@ def test_long_answers(data, picture, monkeypatch):
 def test_info_of_a_hub_needs_no_weights(data, tmp_path, monkeypatch, capsys):
     shutil.copy(data / "hf_tiny_paligemma2" / "config.json", tmp_path)
     hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+
+    def download(repository, revision, allow_patterns):
+        assert allow_patterns == ["config.json"]
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert cli.main(["info", "hf://me/mine", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["parameters"]["total"] == 158_556

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import keras_pg2
+from keras_pg2 import tasks
 from keras_pg2.checkpoints.presets import TINY
 from keras_pg2.tiny import SAMPLES
 
@@ -126,7 +127,32 @@ def test_stop(page, model, monkeypatch):
     run(page, model.caption(SAMPLES["star"]))
 
 
-def test_a_port_that_is_taken(server, model):
+def test_what_was_stopped_delays_the_next(page, model, monkeypatch):
+    """The thread of a run that was stopped goes on: two must not fill the memory."""
+    running, most = [], []
+
+    def slow(image, text):
+        running.append(text)
+        most.append(len(running))
+        time.sleep(2)
+        running.pop()
+        return tasks.Detections((), image.width, image.height)
+
+    monkeypatch.setattr(model, "detect", slow)
+    page.get_by_label("star", exact=True).check()
+    wait_for_picture(page)
+    page.get_by_label("detect", exact=True).check()
+    page.get_by_role("button", name="Run").click()
+    while not most:
+        time.sleep(0.05)
+    page.get_by_role("button", name="Stop").click()
+    run(page, "nothing found")
+    assert most == [1, 1]
+
+
+def test_ports(server, model):
+    with pytest.raises(ValueError, match="port=70000"):
+        demo.launch(model, port=70_000)
     with pytest.raises(OSError, match=f"port {server.server_port} of 127.0.0.1: the port may be"):
         demo.launch(model, port=server.server_port)
 

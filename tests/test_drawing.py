@@ -123,9 +123,13 @@ def test_letters_that_the_font_lacks(monkeypatch, caplog):
     monkeypatch.setattr(ImageFont, "truetype", truetype)
     assert drawing._font(None, 20, "cat 87%").getname() == own.getname()
     draw(image, cat)
-    assert "'кошка': pass `font` to `draw`" in caplog.text
-    with pytest.raises(OSError, match=r"mine\.ttf"):
-        draw(image, cat, font="mine.ttf")
+    assert "the letters 'акош': pass `font` to `draw`" in caplog.text
     installed += [drawing._FONTS[1], "mine.ttf"]
     assert isinstance(drawing._font(None, 20, "кошка"), Full)
     assert isinstance(drawing._font("mine.ttf", 20, "cat"), Full)
+
+
+def test_a_font_that_is_not_there():
+    image = np.zeros((480, 640, 3), "uint8")
+    with pytest.raises(OSError, match=r"path of a TrueType font. Received: font='mine\.ttf'"):
+        draw(image, scene(), font="mine.ttf")

@@ -216,6 +216,8 @@ def test_quantized_layers_drop_inputs_in_training(x):
 
 
 def test_layer_errors():
+    with pytest.raises(ValueError, match="A Linear has no `activation`"):
+        Linear(5, activation="relu")
     for options, message in (
         ({"rank": 0}, "`rank` must be a positive integer. Received: rank=0"),
         ({"rank": 2.0}, r"Received: rank=2\.0"),
@@ -377,9 +379,10 @@ def test_fit_trains_a_and_b_alone(batch, is_quantized):
     }
 
 
-def test_a_name_scope_around_the_model(batch, tmp_path):
+@pytest.mark.parametrize("scope", ["run_1", "my_paligemma2", "paligemma2"])
+def test_a_name_scope_around_the_model(batch, tmp_path, scope):
     """As in a layer that makes the model in its `build`."""
-    with keras.name_scope("run_1"):
+    with keras.name_scope(scope):
         model = _model(rank=2, pattern="attention")
     assert len(model.lora_layers()) == 8
     for layer in model.lora_layers().values():

@@ -107,6 +107,10 @@ def test_a_quantized_policy():
     """As keras_hub is told to quantize."""
     with pytest.raises(ValueError, match=r"call `quantize`.*dtype='int8_from_float32'"):
         PaliGemma2(_tiny(), dtype="int8_from_float32")
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
+    policies["paligemma2/text/block_1/.*"] = keras.dtype_policies.get("int8_from_float32")
+    with pytest.raises(ValueError, match=r"dtype='int8_from_float32'"):
+        PaliGemma2(_tiny(), dtype=policies)
 
 
 def test_weights_that_a_subclass_adds(tmp_path):

@@ -236,13 +236,16 @@ def test_a_run_that_goes_on_has_its_options(tmp_path):
     path = tmp_path / "options.json"
     none = {"minutes": None, "seed": None}
     began = {"minutes": 3.0, "seed": 0}
-    assert train.remember(path, {"minutes": 3.0, "seed": None}, False) == began
-    assert train.remember(path, none, True) == began
-    assert train.remember(path, {"minutes": 3.0, "seed": 0}, True) == began
+    assert train.options_of_run(path, {"minutes": 3.0, "seed": None}, False) == began
+    assert train.options_of_run(path, none, True) == began
+    assert train.options_of_run(path, {"minutes": 3.0, "seed": 0}, True) == began
     with pytest.raises(ValueError, match=r"has --minutes 3\.0, and cannot go on with 4"):
-        train.remember(path, {"minutes": 4.0, "seed": None}, True)
-    assert train.remember(path, none, True) == began
-    assert train.remember(path, none, False) == {"minutes": 130.0, "seed": 0}
+        train.options_of_run(path, {"minutes": 4.0, "seed": None}, True)
+    assert train.options_of_run(path, none, True) == began
+    assert train.options_of_run(path, none, False) == {"minutes": 130.0, "seed": 0}
+    # `--resume` where nothing has begun
+    given = {"minutes": 4.0, "seed": 1}
+    assert train.options_of_run(tmp_path / "other.json", given, True) == given
 
 
 def _stop_after(run, place):

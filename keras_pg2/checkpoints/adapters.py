@@ -238,8 +238,9 @@ def _config(layers, kernels, base_model):
 
 
 def _read_config(path):
-    if not os.path.isdir(os.path.dirname(path)):
-        raise FileNotFoundError(f"There is no folder {os.path.dirname(path)!r} with an adapter.")
+    folder = os.path.dirname(path) or os.curdir
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"There is no folder {folder!r} with an adapter.")
     if not os.path.exists(path):
         raise FileNotFoundError(f"The adapter lacks the file {path!r}.")
     with open(path) as file:

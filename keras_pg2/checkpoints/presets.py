@@ -76,23 +76,23 @@ def find_checkpoint(preset, only_config=False):
         preset: an official name ("paligemma2-3b-mix-224"), `TINY`, "hf://org/repo" with
             "@revision" if wanted, "kaggle://owner/model/framework/variation", or the path of our
             own, a Hugging Face or a keras_hub folder, or of a big_vision `.npz`.
-        only_config: bool, whether weights need not be fetched, so that `weights` may fail.
+        only_config: bool, whether nothing but the config need be fetched, so that `weights` may
+            fail and `tokenizer` be None.
 
     Returns:
         Checkpoint.
 
     Raises:
-        ConnectionError: if a download breaks off.
+        ConnectionError: if a download fails.
         FileNotFoundError: if there is nothing of that name.
+        ImportError: if the hub's package is missing.
         PermissionError: if a licence must be accepted first.
         ValueError: if it is no PaliGemma checkpoint.
     """
     path = os.path.expanduser(preset)
     if not os.path.exists(path):
         name = f"hf://google/{path}" if _OFFICIAL.fullmatch(path) else path
-        path = fetch(name, ["config.json"] if only_config else _HUB_FILES)
-        if only_config and not os.path.exists(os.path.join(path, "config.json")):
-            path = fetch(name)  # a big_vision file has none
+        path = _fetch_config(name) if only_config else fetch(name)
         if path == TINY:
             path = str(pathlib.Path(__file__).parents[1] / "tiny" / TINY)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
@@ -126,10 +126,13 @@ def _hint(path):
         return ". `model.load_adapter` reads adapters"
     if os.path.isdir(path):
         return ", a folder without a config.json"
+    if os.path.exists(path) or path.endswith(".npz"):
+        return ""
     if path.startswith("pali_gemma"):
         family = "paligemma2" if path.startswith(("pali_gemma2", "pali_gemma_2")) else "paligemma"
-        return f". For keras_hub's preset write 'kaggle://keras/{family}/keras/{path}'"
-    repository = re.fullmatch(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", path)
+        handle = path.replace("mix_28b", "28b_mix")  # keras_hub's name for it
+        return f". For keras_hub's preset write 'kaggle://keras/{family}/keras/{handle}'"
+    repository = re.fullmatch(r"(?:https://huggingface\.co/)?(\w[\w.-]*/\w[\w.-]*)/?", path)
     return f". On Hugging Face it would be 'hf://{repository[1]}'" if repository else ""
 
 
@@ -182,14 +185,19 @@ def fetch(name, files=_HUB_FILES):
     """Downloads what hf:// and kaggle:// name.
 
     Args:
-        name: str, "hf://org/repo" with "@revision" if wanted, or
-            "kaggle://owner/model/framework/variation", or anything else.
-        files: list of patterns of file names. Kaggle gives one file or all.
+        name: path, or "hf://org/repo" with "@revision" if wanted, or
+            "kaggle://owner/model/framework/variation".
+        files: tuple of patterns of file names. Kaggle gives one file or all.
 
     Returns:
-        path of the folder, or `name` if it is neither.
+        path of the folder, or `name` if it is of neither hub.
 
-    Raises: as `find_checkpoint`.
+    Raises:
+        ConnectionError: if the download fails.
+        FileNotFoundError: if there is nothing of that name.
+        ImportError: if the hub's package is missing.
+        PermissionError: if a licence must be accepted first.
+        ValueError: if the hub has no such names.
     """
     hub, _, handle = os.fspath(name).partition("://")
     if hub == "hf":
@@ -197,6 +205,20 @@ def fetch(name, files=_HUB_FILES):
     if hub == "kaggle":
         return _download_kaggle(handle, files[0] if len(files) == 1 else None)
     return name
+
+
+def _fetch_config(name):
+    """`fetch` of the config alone, or of all where there is none, as beside a big_vision file."""
+    try:
+        path = fetch(name, ("config.json",))
+    except (FileNotFoundError, ValueError):  # so Kaggle refuses a file that is not there
+        return fetch(name)
+    return path if os.path.exists(os.path.join(path, "config.json")) else fetch(name)
+
+
+def _is_of_the_system(error):
+    """Whether an error is of the operating system, such as a full disk, and not of a hub."""
+    return getattr(error, "errno", None) is not None
 
 
 def _download_hugging_face(handle, files):
@@ -225,11 +247,11 @@ def _download_hugging_face(handle, files):
         ) from error
     except errors.HFValidationError as error:
         raise ValueError(f"`hf://{handle}` must be hf://org/repo: {error}") from error
-    except OSError:
-        raise  # such as a full disk
-    except Exception as error:  # of the HTTP library, which is another one in each release
+    except Exception as error:  # the HTTP library's are other classes in each release
+        if _is_of_the_system(error):
+            raise
         raise ConnectionError(
-            f"The download of {handle} from Hugging Face broke off: {error}. Run it again: files "
+            f"Hugging Face did not give {handle}: {error}. Run it again with a connection: files "
             "that are complete are kept."
         ) from error
 
@@ -258,6 +280,10 @@ def _download_kaggle(handle, file):
         raise ValueError(
             f"`kaggle://{handle}` must be kaggle://owner/model/framework/variation: {error}"
         ) from error
+    except Exception as error:
+        if _is_of_the_system(error):
+            raise
+        raise ConnectionError(f"Kaggle did not give {handle}: {error}") from error
 
 
 # Configs of other libraries -----------------------------------------------------------------
@@ -520,7 +546,8 @@ def save_checkpoint(
         FileExistsError: if `path` exists and `overwrite` is False, is a file instead of a folder or
             the other way round, or a folder that holds other things than a checkpoint.
         OSError: if the disk is too full; what was there is left as it was.
-        ValueError: if the format cannot express the config, or `path` does not fit the format.
+        ValueError: if the format cannot express the config or has no place for some weights, or
+            `path` does not fit the format.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}. Received: format={format!r}")
@@ -573,37 +600,37 @@ def save_checkpoint(
 
 
 def upload(target, write):
-    """Uploads a folder to a hub.
+    """Writes a folder and uploads it to a hub.
 
     Args:
         target: "hf://org/repo", made if missing, or "kaggle://owner/model/framework/variation".
-        write: callable that writes the folder at a path. It is called last, for it takes long.
+        write: callable that writes the folder at a path, which may take long.
 
     Raises:
         ImportError: if the hub's package is missing.
         ValueError: if `target` is neither.
     """
     hub, _, handle = target.partition("://")
-    if hub == "hf":
-        try:
+    try:
+        if hub == "hf":
             import huggingface_hub
-        except ImportError as error:
-            raise ImportError("Uploading needs `pip install huggingface_hub`.") from error
-        huggingface_hub.create_repo(handle, exist_ok=True)
-    elif hub == "kaggle":
-        try:
+
+            huggingface_hub.whoami()  # nobody shall wait for `write` who is not logged in
+        elif hub == "kaggle":
             import kagglehub
-        except ImportError as error:
-            raise ImportError("Uploading needs `pip install kagglehub`.") from error
-    else:
-        raise ValueError(
-            "`target` must be hf://org/repo or kaggle://owner/model/framework/variation. "
-            f"Received: target={target!r}"
-        )
+        else:
+            raise ValueError(
+                "`target` must be hf://org/repo or kaggle://owner/model/framework/variation. "
+                f"Received: target={target!r}"
+            )
+    except ImportError as error:
+        package = "huggingface_hub" if hub == "hf" else "kagglehub"
+        raise ImportError(f"Uploading needs `pip install {package}`.") from error
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "upload")
         write(path)
         if hub == "hf":
+            huggingface_hub.create_repo(handle, exist_ok=True)
             huggingface_hub.upload_folder(repo_id=handle, folder_path=path)
         else:
             kagglehub.model_upload(handle, path)

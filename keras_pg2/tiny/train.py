@@ -701,19 +701,23 @@ class _Recorder(keras.callbacks.Callback):
         return True
 
 
-def remember(path, given, is_resumed):
+def options_of_run(path, given, is_resumed):
     """The options of a run: those given when it began.
 
     Args:
         path: path of the JSON file that keeps them.
         given: dict of name to value, or None where none is given.
-        is_resumed: bool, whether the run goes on.
+        is_resumed: bool, whether the run goes on, if it began.
+
+    Returns:
+        dict of name to value.
 
     Raises:
         ValueError: if others are given to a run that goes on.
     """
     options = {"minutes": 130.0, "seed": 0}
-    if is_resumed and os.path.exists(path):
+    is_resumed = is_resumed and os.path.exists(path)
+    if is_resumed:
         with open(path) as file:
             options = json.load(file)
     for name, value in given.items():
@@ -750,7 +754,7 @@ def main(arguments=None):
     os.makedirs(folder, exist_ok=True)
     given = {"minutes": options.minutes, "seed": options.seed}
     try:
-        began = remember(os.path.join(folder, "options.json"), given, options.resume)
+        began = options_of_run(os.path.join(folder, "options.json"), given, options.resume)
     except ValueError as error:
         parser.error(str(error))
 
