@@ -40,7 +40,7 @@ elif BACKEND == "tensorflow":
     import tensorflow as tf
 elif BACKEND == "torch":
     import torch
-    from keras.src.backend.torch.core import get_device
+    from keras.src.backend.torch.core import get_device, to_torch_dtype
 
     _HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
     # Dtypes that torch multiplies fast on this CPU. Without AVX-512 those of 16 bits are not.
@@ -1123,6 +1123,28 @@ def unpack_int4(codes, tile=None):
     num_columns = 2 * num_groups * group_size
     tiles = codes.reshape(-1, num_columns, tile // 2).transpose(1, 2)
     return torch.stack([tiles & 15, tiles >> 4], dim=1).view(-1, num_columns)
+
+
+def decode_int4(codes, scales, tile, dtype):
+    """Rows of a matrix as torch's product of int4 keeps them, for products of many rows.
+
+    Args:
+        codes: uint8 (C / 2 / G, R, G) as `tile_int4` returns them.
+        scales: bfloat16 (groups, R, 2), scales and offsets.
+        tile: int, see `int4_tile`.
+        dtype: dtype of the result.
+
+    Returns:
+        float (R, C). In memory its columns lie together, as the bytes of a tile do.
+    """
+    num_groups, num_rows, group_size = codes.shape
+    dtype = to_torch_dtype(dtype)
+    tiles = codes.view(num_rows // tile, -1, tile // 2).transpose(0, 1)
+    columns = torch.empty(*tiles.shape[:2], 2, tile // 2, dtype=dtype)
+    columns[:, :, 0], columns[:, :, 1] = tiles & 15, tiles >> 4
+    columns = columns.view(2 * num_groups, group_size, num_rows).sub_(8)
+    scale, offset = scales.to(dtype).permute(2, 0, 1).contiguous()[:, :, None]
+    return torch.addcmul(offset, columns, scale).view(-1, num_rows).t()
 
 
 def halves_of_int4(codes):

@@ -307,11 +307,13 @@ class QuantizedMatrix(keras.layers.Layer):
         for part in self._row_slices(x):
             count = min(part.stop, self.num_rows) - part.start
             if self.mode == "int4":
-                packed = codes[:, part]
-                if self._tile is not None:  # the bytes of rows lie together
+                packed, part_scales = codes[:, part], scales[:, part]
+                if self._tile is None:
+                    values = self._decode(_backend.unpack_int4(packed), part_scales, dtype)
+                else:  # the bytes of rows lie together
                     packed = codes.view(codes.shape[1], -1)[part].view_as(packed)
-                values = _backend.unpack_int4(packed, self._tile)
-                yield self._decode(values, scales[:, part], dtype)[:count], None
+                    values = _backend.decode_int4(packed, part_scales, self._tile, dtype)
+                yield values[:count, : self.num_columns], None
             elif keras.backend.standardize_dtype(dtype) == "float16":
                 yield self._decode(codes[part], scales[part], dtype), None
             else:

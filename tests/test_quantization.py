@@ -163,9 +163,13 @@ def test_torch_has_its_product_of_int4():
     assert not torch.equal(codes, plain)
     assert torch.equal(_backend.unpack_int4(plain), values)
     assert torch.equal(_backend.tile_int4(plain, tile), codes)
+    scales = layer.quantized.scales.value
+    scale, offset = scales.float().repeat_interleave(codes.shape[2], 0).unbind(-1)
+    decoded = _backend.decode_int4(codes, scales, tile, "float32")
+    torch.testing.assert_close(decoded, (values - 8.0) * scale.T + offset.T, atol=0, rtol=1e-6)
     x = torch.ones(2, 256, dtype=torch.bfloat16)
     with torch.inference_mode():
-        products = _backend.int4_product(x, codes, layer.quantized.scales.value, tile)
+        products = _backend.int4_product(x, codes, scales, tile)
     expected = _numpy(layer.kernel).sum(axis=0)
     np.testing.assert_allclose(_numpy(products), [expected, expected], atol=0.1)
 
