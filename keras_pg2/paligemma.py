@@ -256,8 +256,8 @@ class PaliGemma2(keras.Model):
     def save_hf(self, folder, *, dtype=None, overwrite=False):
         """Writes a folder that transformers' `from_pretrained` loads, with processor files.
 
-        `from_preset` reads no `sequence_length` and no interpolation from such a folder: a model
-        to train on is better kept by `save_to_preset`.
+        `from_preset` reads no `sequence_length`, interpolation or dropout from such a folder: a
+        model to train on is better kept by `save_to_preset`.
 
         Args:
             folder: path.
@@ -275,7 +275,7 @@ class PaliGemma2(keras.Model):
         """Writes a folder that `keras_hub.models.PaliGemmaCausalLM.from_preset` loads.
 
         keras_hub 0.32 ignores its own 28B query scale; see README. `from_preset` reads no
-        `sequence_length` and no interpolation from it.
+        `sequence_length`, interpolation, dropout or `max_positions` from it.
 
         Args: those of `save_hf`.
         """

@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+import os
 import re
 
 import sentencepiece
@@ -87,7 +88,7 @@ class Tokenizer:
             FileNotFoundError: if there is no file.
             ValueError: if it is neither, or has not PaliGemma's control ids.
         """
-        with open(path, "rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             content = file.read()
         is_json = content.startswith((b"{", b"\xef\xbb\xbf{"))  # no SentencePiece model starts so
         return cls(tokenizer_json.sentencepiece_model(content) if is_json else content)

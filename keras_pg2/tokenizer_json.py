@@ -47,6 +47,9 @@ def sentencepiece_model(content):
     normalizer = _field(values, "normalizer", dict)
     if normalizer.get("normalizers", [normalizer]) != [_REPLACE_SPACES]:
         raise _error("`normalizer` must only replace spaces by '▁'", normalizer)
+    splitter = values.get("pre_tokenizer")  # one that finds no spaces any more does nothing
+    if splitter is not None and splitter.get("type") != "Split":
+        raise _error("`pre_tokenizer` must be null or split at spaces", splitter)
     unknown = _field(model, "unk_token", str)
     added = {
         _field(token, "content", str): _field(token, "id", int)

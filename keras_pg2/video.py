@@ -35,7 +35,9 @@ def frames_from_video(path, count=16):
         raise FileNotFoundError(f"No such video file: {path!r}")
     try:
         # Frames need not be equally long, and files lie about their number: times come first.
-        times = [i if f.time is None else f.time for i, f in enumerate(_decoded(av, path))]
+        times = [frame.time for frame in _decoded(av, path)]
+        if None in times or times != sorted(times):  # as in files joined to one
+            times = range(len(times))
         wanted = []
         if times:
             moments = np.linspace(times[0], times[-1], count)

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -6,6 +7,7 @@ import shutil
 import zipfile
 
 import h5py
+import keras
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -719,10 +721,121 @@ def test_configs_that_others_cannot_express(data, tmp_path):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma1", final_logit_softcap=30.0)
     with pytest.raises(ValueError, match="no soft caps for Gemma 1"):
         model.save_hf(tmp_path / "hf")
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma1", sliding_window=3)
+    with pytest.raises(ValueError, match="and no sliding window"):
+        model.save_hf(tmp_path / "hf")
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", query_pre_attn_scalar=7)
     with pytest.raises(ValueError, match=r"keras_hub scales queries.*=7"):
         model.save_keras_hub(tmp_path / "hub")
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2")
+    vision = dataclasses.replace(model.config.vision, norm_eps=1e-5)
+    model = PaliGemma2(dataclasses.replace(model.config, vision=vision))
+    with pytest.raises(ValueError, match=r"norm_eps=1e-6 in the vision tower. Received: 1e-05"):
+        model.save_keras_hub(tmp_path / "hub")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["hf", "keras-hub"])
+def test_a_sliding_window_is_kept(data, tmp_path, format):
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", sliding_window=3)
+    model._save(tmp_path / "out", format)
+    assert presets.find_checkpoint(tmp_path / "out").config == model.config
+
+
+def test_scaled_positions_are_refused(data, tmp_path):
+    folder = shutil.copytree(data / "hf_tiny_paligemma2", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is never scaled"):
+        presets.find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("format", ["preset", "hf", "keras-hub", "big-vision"])
+def test_weights_of_several_dtypes_are_kept(data, tmp_path, format):
+    policy = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
+    policy["paligemma2/text/block_0/.*"] = keras.DTypePolicy("bfloat16")
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=policy)
+    path = tmp_path / "model.npz"
+    model._save(path, format)
+    read = presets.find_checkpoint(path).weights()
+    for name, tensor in model.weights_by_path().items():
+        np.testing.assert_array_equal(
+            read[name].read().astype("float32"), tensor.read().astype("float32"), err_msg=name
+        )
+    if format == "hf":  # transformers reads all in one dtype
+        assert json.loads((path / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_arrays_of_another_byte_order(tmp_path):
+    np.savez(tmp_path / "big.npz", x=np.ones(3, ">f4"))
+    with pytest.raises(ValueError, match="of another byte order"):
+        io.read_npz(tmp_path / "big.npz")
+
+
+def test_virtual_values_of_other_files(tmp_path):
+    layout = h5py.VirtualLayout((3,), "float32")
+    layout[:] = h5py.VirtualSource(str(tmp_path / "secret.h5"), "x", (3,))
+    with h5py.File(tmp_path / "model.weights.h5", "w") as file:
+        file.create_virtual_dataset("x", layout)
+    with pytest.raises(ValueError, match="lie in other files"):
+        io.read_h5(tmp_path / "model.weights.h5")
+
+
+def test_tensors_with_two_names(data, tmp_path):
+    folder = shutil.copytree(data / "hf_tiny_paligemma2", tmp_path / "hf")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    name, other = "language_model.model.norm.weight", "model.language_model.norm.weight"
+    assert names.canonical_name(other) == name
+    safetensors.numpy.save_file({**tensors, other: tensors[name]}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"under two names each: .*norm\.weight"):
+        presets.find_checkpoint(folder).weights()
+
+
+# Changes meanwhile
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_while_a_checkpoint_is_written_is_kept(model, tmp_path, overwrite):
+    path = tmp_path / "out"
+
+    def write():
+        with io.replace_when_done(path, overwrite) as new:
+            os.makedirs(new)
+            path.mkdir()
+            (path / "log.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError):
+        write()
+    assert (path / "log.txt").read_text() == "mine"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["hf_tiny_paligemma2", "bv_tiny_paligemma2.npz"])
+def test_a_checkpoint_that_changes_while_it_is_read(data, tmp_path, name):
+    path = tmp_path / name
+    (shutil.copytree if os.path.isdir(data / name) else shutil.copy)(data / name, path)
+    weights = presets.find_checkpoint(path).weights()
+    file = path / "model.safetensors" if path.is_dir() else path
+    shutil.copy(file, tmp_path / "new")
+    os.replace(tmp_path / "new", file)
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        next(iter(weights.values())).read()
+
+
+def test_places_where_no_checkpoint_can_be_written(model, tmp_path, monkeypatch):
+    path = tmp_path / "out"
+    model.save_to_preset(path)
+    monkeypatch.chdir(path)
+    with pytest.raises(FileExistsError, match="is the current folder or holds it"):
+        model.save_to_preset(".", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`upload_preset` writes to hubs"):
+        model.save_to_preset("hf://me/mine")
+    monkeypatch.setattr(os.path, "ismount", lambda folder: str(folder) == str(path))
+    with pytest.raises(FileExistsError, match="is a mount point"):
+        model.save_to_preset(path, overwrite=True)
+    assert presets.find_checkpoint(path).config == model.config
 
 
 # Resolution

@@ -762,6 +762,32 @@ def test_damaged_adapters(folder, model, tmp_path):
         model.load_adapter(tmp_path / "nowhere")
 
 
+def test_an_adapter_under_the_home_folder(tmp_path, monkeypatch, batch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = _model()
+    model.enable_lora(2, alpha=np.float32(4))
+    model.save_adapter("~/adapter", base_model=tmp_path / "base")
+    assert sorted(x.name for x in (tmp_path / "adapter").iterdir()) == [
+        adapters.CONFIG_FILE,
+        adapters.TENSOR_FILE,
+    ]
+    config = json.loads((tmp_path / "adapter" / adapters.CONFIG_FILE).read_text())
+    assert (config["lora_alpha"], config["base_model_name_or_path"]) == (4, str(tmp_path / "base"))
+    other = _model()
+    other.load_adapter("~/adapter")
+    np.testing.assert_array_equal(_numpy(other(batch)), _numpy(model(batch)))
+    with pytest.raises(ValueError, match="`upload_adapter` writes to hubs"):
+        model.save_adapter("hf://me/adapter")
+
+
+@pytest.mark.parametrize("patterns", [{"(": 4}, ["query"]])
+def test_damaged_patterns(folder, model, patterns):
+    config = json.loads((folder / adapters.CONFIG_FILE).read_text())
+    (folder / adapters.CONFIG_FILE).write_text(json.dumps({**config, "alpha_pattern": patterns}))
+    with pytest.raises(ValueError, match="`alpha_pattern` is damaged"):
+        model.load_adapter(folder)
+
+
 def test_load_adapter_when_lora_is_enabled(data, batch):
     model = _base(data)
     model.enable_lora(2)

@@ -132,6 +132,14 @@ def test_tokens_after_the_last_segment_are_left_out(changed, rebuilt):
     assert _tokenizer(changed).model == rebuilt.model
 
 
+def test_other_ways_to_split(changed, rebuilt):
+    changed["pre_tokenizer"] = None
+    assert sentencepiece_model(json.dumps(changed)) == rebuilt.model
+    changed["pre_tokenizer"] = {"type": "Metaspace", "prepend_scheme": "always"}
+    with pytest.raises(ValueError, match="`pre_tokenizer` must be null or split at spaces"):
+        sentencepiece_model(json.dumps(changed))
+
+
 @pytest.mark.parametrize("normalizers", [1, 0, 2])
 def test_normalizer(changed, rebuilt, normalizers):
     sequence = [changed["normalizer"]] * normalizers

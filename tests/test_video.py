@@ -51,6 +51,23 @@ def test_frames_are_of_different_length(tmp_path):
     np.testing.assert_allclose(means, [0, 180, 200], atol=4)
 
 
+def test_videos_joined_to_one(tmp_path):
+    """The times of the second begin anew."""
+    content = b""
+    for first in (0, 100):
+        with av.open(tmp_path / "part.mpg", "w") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for level in range(first, first + 100, 10):
+                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, "uint8"))
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        content += (tmp_path / "part.mpg").read_bytes()
+    (tmp_path / "joined.mpg").write_bytes(content)
+    frames = frames_from_video(tmp_path / "joined.mpg", 3)
+    np.testing.assert_allclose([np.asarray(x).mean() for x in frames], [0, 90, 190], atol=12)
+
+
 def test_frames_go_into_the_model(model, video):
     text = model.generate([frames_from_video(video, 2)], "ocr", max_new_tokens=2)
     assert len(text) == 1

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import tempfile
 
 import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" once this is imported
 import numpy as np
@@ -58,17 +59,21 @@ def save_adapter(model, folder, base_model=None, overwrite=False):
 
     Raises:
         FileExistsError: if there is an adapter and `overwrite` is False.
-        ValueError: if the model has no LoRA.
+        ValueError: if the model has no LoRA, or `folder` is of a hub.
     """
     layers = model.lora_layers()
     if not layers:
         raise ValueError("The model has no LoRA to save. Call `enable_lora` first.")
+    if re.match("(hf|kaggle)://", folder := os.fspath(folder)):
+        raise ValueError(f"{folder!r} is no path. `upload_adapter` writes to hubs.")
+    folder = os.path.expanduser(folder)
     config_path = os.path.join(folder, CONFIG_FILE)
     if os.path.lexists(config_path) and not overwrite:
         raise FileExistsError(
             f"{config_path!r} exists already. Choose another folder, or pass `overwrite=True`."
         )
     kernels = _kernel_specs(model.config)
+    base_model = base_model and os.fspath(base_model)
     layers = {path: layers[path] for path in kernels if path in layers}  # first block first
     tensors = {}
     for path, layer in layers.items():
@@ -77,14 +82,16 @@ def save_adapter(model, folder, base_model=None, overwrite=False):
             tensors[_PREFIX + _written_name(spec.name)] = np.ascontiguousarray(array)
     os.makedirs(folder, exist_ok=True)
     config = _config(layers, kernels, base_model)
+    options = {"indent": 2, "sort_keys": True, "default": lambda x: x.item()}  # of NumPy's numbers
+    config = json.dumps(config, **options)
     # All or nothing: a file is complete before it gets its name, and the config comes last.
-    tensor_path = os.path.join(folder, TENSOR_FILE)
-    with open(f"{tensor_path}.tmp", "wb") as file:  # `save_file` would hide it from other users
-        file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    with open(f"{config_path}.tmp", "w") as file:
-        json.dump(config, file, indent=2, sort_keys=True)
-    for path in (tensor_path, config_path):
-        os.replace(f"{path}.tmp", path)
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as new:
+        with open(os.path.join(new, TENSOR_FILE), "wb") as file:  # `save_file` would hide it
+            file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        with open(os.path.join(new, CONFIG_FILE), "w", encoding="utf-8") as file:
+            file.write(config)
+        for name in (TENSOR_FILE, CONFIG_FILE):
+            os.replace(os.path.join(new, name), os.path.join(folder, name))
 
 
 def load_adapter(model, folder):
@@ -99,6 +106,7 @@ def load_adapter(model, folder):
         ValueError: if the adapter is damaged, of a kind that is not supported, or does not fit
             the model, which is unchanged then.
     """
+    folder = os.path.expanduser(folder)
     config = _read_config(os.path.join(folder, CONFIG_FILE))
     tensors, raw_names = _read_tensors(os.path.join(folder, TENSOR_FILE))
     kernels = _kernel_specs(model.config)
@@ -113,7 +121,7 @@ def load_adapter(model, folder):
             missing += set(pair) - set(found)
         if len(found) < 2:
             continue
-        rank = tensors[pair[0]].shape[0]
+        rank = len(np.atleast_1d(tensors[pair[0]]))
         options[path] = _options(config, raw_names[pair[0]], rank)
         values[path] = []
         for spec in _lora_specs(kernels[path], rank):
@@ -243,10 +251,10 @@ def _read_config(path):
         raise FileNotFoundError(f"There is no folder {folder!r} with an adapter.")
     if not os.path.exists(path):
         raise FileNotFoundError(f"The adapter lacks the file {path!r}.")
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         try:
             config = json.load(file)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"The file {path!r} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"The file {path!r} must hold a JSON object.")
@@ -274,6 +282,8 @@ def _read_tensors(path):
         with safetensors.safe_open(path, "np") as file:
             for key in file.keys():  # noqa: SIM118  no Mapping
                 name, module = _read_name(key)
+                if name in tensors:
+                    raise ValueError(f"The file {path!r} has two names for {name!r}.")
                 tensors[name], modules[name] = file.get_tensor(key), module
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"The file {path!r} is damaged: {error}") from error
@@ -283,10 +293,13 @@ def _read_tensors(path):
 def _options(config, module, rank):
     """LoraOptions of a module; the rank is that of its tensors."""
     alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
+    try:
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+    except (AttributeError, re.error) as error:
+        raise ValueError(f"The adapter's `alpha_pattern` is damaged: {error}") from error
     if config.get("use_rslora"):  # scales by alpha / √rank
         alpha = alpha * rank**0.5
     return LoraOptions(rank, alpha, config.get("lora_dropout", 0.0))

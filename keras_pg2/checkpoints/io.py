@@ -14,6 +14,7 @@ import logging
 import math
 import mmap
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -137,6 +138,7 @@ def read_safetensors(folder, file_name="model.safetensors", unused=None):
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"The file {path!r} is damaged: {error}") from error
         with open(path, "rb") as file:
+            version = _version(file)
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         for name, entry in header.items():
@@ -149,12 +151,18 @@ def read_safetensors(folder, file_name="model.safetensors", unused=None):
                 )
             offset = 8 + length + entry["data_offsets"][0]
             dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-            tensors[name] = _stored(path, tuple(entry["shape"]), dtype, offset)
+            tensors[name] = _stored(path, version, tuple(entry["shape"]), dtype, offset)
     return tensors
 
 
-def _stored(path, shape, dtype, offset):
-    """A tensor that lies in a file as it is."""
+def _version(file):
+    """What changes when an open file is replaced by another, or is written to."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _stored(path, version, shape, dtype, offset):
+    """A tensor that lies as it is in a file of a `_version`."""
 
     def read(index=()):
         shape_read = shape[len(index) :]
@@ -162,6 +170,8 @@ def _stored(path, shape, dtype, offset):
         number = int(np.ravel_multi_index(index, shape[: len(index)])) if index else 0
         values = _new_memory(size)
         with open(path, "rb", buffering=0) as file:
+            if _version(file) != version:
+                raise ValueError(f"The file {path!r} was changed while it was read. Read it again.")
             file.seek(offset + number * size)
             done = 0
             while done < size:  # one call reads 2 GB at most
@@ -207,7 +217,8 @@ def read_npz(path):
     """
     tensors = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            version = _version(file)
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 with archive.open(info) as member:
@@ -217,7 +228,7 @@ def read_npz(path):
                     offset = _data_offset(path, info) + header_length
                     if offset + info.file_size - header_length > os.path.getsize(path):
                         raise ValueError("it is too short")
-                    tensors[name] = _stored(path, shape, dtype, offset)
+                    tensors[name] = _stored(path, version, shape, dtype, offset)
                 else:
                     tensors[name] = _sliced(
                         shape, dtype, functools.partial(_read_npz, path, name, dtype)
@@ -233,8 +244,8 @@ def _npy_header(file):
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     shape, is_fortran, dtype = readers[np.lib.format.read_magic(file)](file)
-    if dtype.hasobject or is_fortran:
-        raise ValueError("a tensor is a Python object, or in Fortran order")
+    if dtype.hasobject or is_fortran or not dtype.isnative:
+        raise ValueError("a tensor is a Python object, in Fortran order, or of another byte order")
     # big_vision writes bfloat16 as two bytes without a type.
     return shape, "bfloat16" if dtype.str == "|V2" else dtype.name
 
@@ -268,7 +279,7 @@ def read_h5(path):
 
     def add(name, item):  # links to other files are not visited
         if isinstance(item, h5py.Dataset):
-            if item.external:
+            if item.external or item.is_virtual:
                 raise ValueError(f"The values of {name!r} in {path!r} lie in other files.")
             dtype = str(item.attrs.get("dtype", item.dtype))
             read = functools.partial(_read_h5, path, name, dtype)
@@ -306,6 +317,11 @@ def to_ours(tensors, format, config):
         ValueError: if tensors are missing, left over, or of another shape. All are named.
     """
     if format == "hf":
+        counts = collections.Counter(map(names.canonical_name, tensors))
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(
+                f"The checkpoint holds tensors under two names each: {shorten(twice)}. Remove one."
+            )
         tensors = {names.canonical_name(name): tensor for name, tensor in tensors.items()}
         heads = [head for head in names.HUGGING_FACE_HEADS if head in tensors]
         if heads and names.HUGGING_FACE_EMBEDDING not in tensors:  # one name of the tied matrix
@@ -325,6 +341,12 @@ def to_ours(tensors, format, config):
         return LazyTensor(spec.shape, tensors[spec.name].dtype, read)
 
     return {spec.path: lazy(spec) for spec in specs}
+
+
+def common_dtype(tensors):
+    """The dtype of LazyTensors, or one that holds all their values."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 def to_source(weights, format, config):
@@ -353,7 +375,7 @@ def to_source(weights, format, config):
         )
 
     def lazy(specs):
-        dtype = weights[specs[0].path].dtype
+        dtype = common_dtype(weights[spec.path] for spec in specs)
         shape = names.stacked_shape(specs)
         filler = HUGGING_FACE_FILLER_ROWS if (format, specs[0].path) == ("hf", _EMBEDDING) else 0
         shape = (shape[0] + filler, *shape[1:])
@@ -478,10 +500,38 @@ def replace_when_done(path, overwrite=False, num_bytes=0, is_folder=False):
 
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False, or is of the other kind, or a
-            folder that holds other things than a checkpoint.
+            folder that holds other things than a checkpoint or cannot be replaced.
         OSError: if the disk is too full.
+        ValueError: if `path` is of a hub.
     """
+    if re.match("(hf|kaggle)://", path := os.fspath(path)):
+        raise ValueError(f"{path!r} is no path. `upload_preset` writes to hubs.")
     path = os.path.realpath(os.path.expanduser(path))
+    _check_target(path, overwrite, is_folder)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC, f"{num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", path
+        )
+    with tempfile.TemporaryDirectory(
+        prefix=f".{os.path.basename(path)}-", dir=os.path.dirname(path)
+    ) as folder:
+        new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
+        yield new
+        _check_target(path, overwrite, is_folder)  # writing took long
+        try:
+            if is_folder and os.path.lexists(path):  # a file can take the place of another
+                os.rename(path, old)
+            os.replace(new, path)
+        except BaseException:  # an interrupt too
+            if os.path.lexists(old) and not os.path.lexists(path):
+                os.rename(old, path)
+            raise
+
+
+def _check_target(path, overwrite, is_folder):
+    """Raises a FileExistsError if something is lost when `path` is replaced, or it cannot be."""
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(
             f"{path!r} exists already. Choose another path, or pass `overwrite=True`."
@@ -498,25 +548,16 @@ def replace_when_done(path, overwrite=False, num_bytes=0, is_folder=False):
             f"The folder {path!r} holds other things than a checkpoint, which would be lost: "
             f"{shorten(others or entries, 5)}. Choose another path."
         )
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    free = shutil.disk_usage(os.path.dirname(path)).free
-    if free < num_bytes:
-        raise OSError(
-            errno.ENOSPC, f"{num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", path
+    here = pathlib.Path(os.path.realpath(os.curdir))
+    if is_folder and os.path.lexists(path) and pathlib.Path(path) in (here, *here.parents):
+        raise FileExistsError(
+            f"{path!r} is the current folder or holds it, so it cannot be replaced. Choose another "
+            "path."
         )
-    with tempfile.TemporaryDirectory(
-        prefix=f".{os.path.basename(path)}-", dir=os.path.dirname(path)
-    ) as folder:
-        new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
-        yield new
-        try:
-            if is_folder and os.path.lexists(path):  # a file can take the place of another
-                os.rename(path, old)
-            os.replace(new, path)
-        except BaseException:  # an interrupt too
-            if os.path.lexists(old) and not os.path.lexists(path):
-                os.rename(old, path)
-            raise
+    if os.path.ismount(path):
+        raise FileExistsError(
+            f"{path!r} is a mount point, which cannot be replaced. Choose a folder inside of it."
+        )
 
 
 def write_safetensors(folder, tensors, progress, max_shard_bytes=_MAX_SHARD_BYTES):

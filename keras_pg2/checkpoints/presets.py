@@ -296,8 +296,12 @@ def _hugging_face_config(values):
     """
     vision, text = values["vision_config"], values["text_config"]
     is_gemma2 = text["model_type"] == "gemma2"
-    rope = text.get("rope_parameters") or {}
-    # The window of 4,096 that transformers writes is its own: PaliGemma was trained without.
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"The rotary embedding of PaliGemma is never scaled. Received: {kind!r}")
+    max_positions = text.get("max_position_embeddings", 8_192)
+    window = _window(text.get("sliding_window"), max_positions) if is_gemma2 else None
     return PaliGemmaConfig(
         SiglipConfig(
             width=vision["hidden_size"],
@@ -323,11 +327,20 @@ def _hugging_face_config(values):
             final_logit_softcap=text.get("final_logit_softcapping", 30.0) if is_gemma2 else None,
             # `<image>` is the first row after the real tokens.
             vocab_size=values.get("image_token_index", 257_152),
-            max_positions=text.get("max_position_embeddings", 8_192),
+            sliding_window=window,
+            max_positions=max_positions,
             rope_base=float(text.get("rope_theta", rope.get("rope_theta", 10_000.0))),
             norm_eps=text.get("rms_norm_eps", 1e-6),
         ),
     )
+
+
+def _window(size, max_positions=math.inf):
+    """The sliding window of another library's config, or None.
+
+    The 4,096 that transformers and keras_hub write is their own: PaliGemma was trained without.
+    """
+    return None if size in (None, 4_096) or size >= max_positions else size
 
 
 def _hugging_face_json(config, dtype):
@@ -358,8 +371,11 @@ def _hugging_face_json(config, dtype):
             # transformers has no "off"; no sequence is longer than this.
             "sliding_window": text.sliding_window or text.max_positions,
         }
-    elif text.attn_logit_softcap or text.final_logit_softcap:
-        raise ValueError("transformers has no soft caps for Gemma 1 (`use_post_norms=False`).")
+    elif text.attn_logit_softcap or text.final_logit_softcap or text.sliding_window:
+        raise ValueError(
+            "transformers has no soft caps for Gemma 1 (`use_post_norms=False`), and no sliding "
+            "window."
+        )
     elif text.query_pre_attn_scalar != text.head_dim:
         raise ValueError(
             "transformers scales the queries of Gemma 1 by head_dim ** -0.5. Received: "
@@ -398,6 +414,8 @@ def _keras_hub_config(values):
     is_gemma2 = bool(values.get("use_post_ffw_norm"))
     head_dim, width = values["head_dim"], values["hidden_dim"]
     normalize = values.get("query_head_dim_normalize", True)
+    has_window = values.get("use_sliding_window_attention")
+    window = _window(values.get("sliding_window_size")) if has_window else None
     return PaliGemmaConfig(
         SiglipConfig(
             width=values["vit_hidden_dim"],
@@ -418,6 +436,7 @@ def _keras_hub_config(values):
             use_post_norms=is_gemma2,
             attn_logit_softcap=values.get("attention_logit_soft_cap"),
             final_logit_softcap=values.get("final_logit_soft_cap"),
+            sliding_window=window,
             vocab_size=values["vocabulary_size"],
             norm_eps=values.get("layer_norm_epsilon", 1e-6),
         ),
@@ -435,6 +454,10 @@ def _keras_hub_json(config, dtype):
         )
     if text.rope_base != 10_000.0:
         raise ValueError(f"keras_hub has rope_base=10000. Received: rope_base={text.rope_base}")
+    if vision.norm_eps != 1e-6:
+        raise ValueError(
+            f"keras_hub has norm_eps=1e-6 in the vision tower. Received: {vision.norm_eps}"
+        )
     return {
         "name": "pali_gemma_backbone",
         "trainable": True,
@@ -560,7 +583,7 @@ def save_checkpoint(
             f"A big_vision checkpoint is a file whose name ends in .npz. Received: {path!r}"
         )
     weights = {name: tensor.cast(dtype) for name, tensor in weights.items()}
-    stored_dtype = next(iter(weights.values())).dtype
+    stored_dtype = io.common_dtype(weights.values())
     tensors = io.to_source(weights, format, config)
     files = {}
     if format == "hf":
