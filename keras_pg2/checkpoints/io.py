@@ -158,7 +158,7 @@ def read_safetensors(folder, file_name="model.safetensors", unused=None):
 def _version(file):
     """What changes when an open file is replaced by another, or is written to."""
     status = os.fstat(file.fileno())
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns  # of network file systems not all keep inodes
 
 
 def _stored(path, version, shape, dtype, offset):
