@@ -548,8 +548,10 @@ def _check_target(path, overwrite, is_folder):
             f"The folder {path!r} holds other things than a checkpoint, which would be lost: "
             f"{shorten(others or entries, 5)}. Choose another path."
         )
+    if not os.path.isdir(path):
+        return
     here = pathlib.Path(os.path.realpath(os.curdir))
-    if is_folder and os.path.lexists(path) and pathlib.Path(path) in (here, *here.parents):
+    if pathlib.Path(path) in (here, *here.parents):
         raise FileExistsError(
             f"{path!r} is the current folder or holds it, so it cannot be replaced. Choose another "
             "path."
