@@ -87,5 +87,6 @@ def main():
 
 if __name__ == "__main__":
     imitate()
-    with fake_tensor.FakeTensorMode():
+    # Gradients in this thread: threads do not share the imitation well.
+    with torch.autograd.set_multithreading_enabled(False), fake_tensor.FakeTensorMode():
         main()
