@@ -17,7 +17,7 @@ from torch._subclasses import fake_impls, fake_tensor
 from torch.utils import backend_registration
 
 import keras_pg2
-from keras_pg2 import _backend
+from keras_pg2 import _backend, paligemma
 
 _NUMBERS = itertools.cycle(range(12))  # so that a loop until a count of tokens ends
 
@@ -46,7 +46,8 @@ def imitate():
     scalar = torch.ops.aten._local_scalar_dense.default
     fake_impls.op_implementations_dict[scalar] = made_up_scalar
     keras.src.backend.torch.random.torch_seed_generator = lambda seed: None
-    # Other threads would not know of the imitation.
+    # Threads do not share the imitation well.
+    paligemma._Watch.async_safe = False
     _backend.prefetch = lambda function, batches, threads=1: itertools.starmap(function, batches)
 
 
@@ -87,6 +88,5 @@ def main():
 
 if __name__ == "__main__":
     imitate()
-    # Gradients in this thread: threads do not share the imitation well.
     with torch.autograd.set_multithreading_enabled(False), fake_tensor.FakeTensorMode():
         main()
