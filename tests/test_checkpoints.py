@@ -830,7 +830,7 @@ def test_places_where_no_checkpoint_can_be_written(model, tmp_path, monkeypatch)
     with pytest.raises(FileExistsError, match="is the current folder or holds it"):
         model.save_to_preset(".", overwrite=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="`upload_preset` writes to hubs"):
+    with pytest.raises(ValueError, match="`upload_adapter` write to hubs"):
         model.save_to_preset("hf://me/mine")
     monkeypatch.setattr(os.path, "ismount", lambda folder: str(folder) == str(path))
     with pytest.raises(FileExistsError, match="is a mount point"):

@@ -58,9 +58,10 @@ def run(page, expected):
     box = page.get_by_label("Answer", exact=True)
     for _ in range(600):
         if box.input_value() == expected:
-            return
+            break
         time.sleep(0.1)
     assert box.input_value() == expected
+    return box
 
 
 def wait_for_picture(page):
@@ -108,7 +109,9 @@ def test_another_language(page, model):
     wait_for_picture(page)
     page.get_by_label("Language").fill("vi")
     page.get_by_label("Language").press("Enter")
-    run(page, model.caption(SAMPLES["star"], lang="vi"))
+    expected = model.caption(SAMPLES["star"], lang="vi")
+    assert expected != model.caption(SAMPLES["star"])
+    run(page, expected)
 
 
 def test_stop(page, model, monkeypatch):
@@ -124,7 +127,9 @@ def test_stop(page, model, monkeypatch):
     run(page, "once")
     page.get_by_role("button", name="Stop").click()
     monkeypatch.undo()
-    run(page, model.caption(SAMPLES["star"]))
+    box = run(page, model.caption(SAMPLES["star"]))
+    time.sleep(0.5)
+    assert box.input_value() == model.caption(SAMPLES["star"])  # what was stopped says no more
 
 
 def test_what_was_stopped_delays_the_next(page, model, monkeypatch):

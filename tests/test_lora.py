@@ -776,7 +776,7 @@ def test_an_adapter_under_the_home_folder(tmp_path, monkeypatch, batch):
     other = _model()
     other.load_adapter("~/adapter")
     np.testing.assert_array_equal(_numpy(other(batch)), _numpy(model(batch)))
-    with pytest.raises(ValueError, match="`upload_adapter` writes to hubs"):
+    with pytest.raises(ValueError, match="`upload_adapter` write to hubs"):
         model.save_adapter("hf://me/adapter")
 
 

@@ -624,17 +624,17 @@ def test_bad_options(tokenizer, columns):
 def _run_script(name):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     script = os.path.join(os.path.dirname(__file__), name)
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, check=False
     )
-    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(_backend.BACKEND != "jax", reason="keras.distribution needs jax")
 def test_distribution():
     """Eight devices, weights and batch spread over them, learn what one device does."""
-    _run_script("distributed_training.py")
+    run = _run_script("distributed_training.py")
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow
@@ -644,4 +644,5 @@ def test_accelerator():
     registration = pytest.importorskip("torch.utils.backend_registration")
     if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot imitate one")
-    _run_script("torch_accelerator.py")
+    run = _run_script("torch_accelerator.py")
+    assert run.returncode == 0, run.stderr

@@ -20,7 +20,7 @@ import safetensors.numpy
 from keras import ops
 
 from keras_pg2.checkpoints import names
-from keras_pg2.checkpoints.io import shorten
+from keras_pg2.checkpoints.io import path_to_write, shorten
 from keras_pg2.linear import LoraOptions
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -64,9 +64,7 @@ def save_adapter(model, folder, base_model=None, overwrite=False):
     layers = model.lora_layers()
     if not layers:
         raise ValueError("The model has no LoRA to save. Call `enable_lora` first.")
-    if re.match("(hf|kaggle)://", folder := os.fspath(folder)):
-        raise ValueError(f"{folder!r} is no path. `upload_adapter` writes to hubs.")
-    folder = os.path.expanduser(folder)
+    folder = path_to_write(folder)
     config_path = os.path.join(folder, CONFIG_FILE)
     if os.path.lexists(config_path) and not overwrite:
         raise FileExistsError(

@@ -504,9 +504,7 @@ def replace_when_done(path, overwrite=False, num_bytes=0, is_folder=False):
         OSError: if the disk is too full.
         ValueError: if `path` is of a hub.
     """
-    if re.match("(hf|kaggle)://", path := os.fspath(path)):
-        raise ValueError(f"{path!r} is no path. `upload_preset` writes to hubs.")
-    path = os.path.realpath(os.path.expanduser(path))
+    path = os.path.realpath(path_to_write(path))
     _check_target(path, overwrite, is_folder)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     free = shutil.disk_usage(os.path.dirname(path)).free
@@ -528,6 +526,20 @@ def replace_when_done(path, overwrite=False, num_bytes=0, is_folder=False):
             if os.path.lexists(old) and not os.path.lexists(path):
                 os.rename(old, path)
             raise
+
+
+def path_to_write(path):
+    """The path, str, with "~" replaced.
+
+    Raises:
+        ValueError: if it is of a hub.
+    """
+    path = os.fspath(path)
+    if re.match("(hf|kaggle)://", path):
+        raise ValueError(
+            f"{path!r} is no path. `upload_preset` and `upload_adapter` write to hubs."
+        )
+    return os.path.expanduser(path)
 
 
 def _check_target(path, overwrite, is_folder):
