@@ -80,11 +80,10 @@ def hbm_bytes(program):
         if operation in ("copy-start", "slice-start"):  # what arrives, and left HBM
             total += sum(size for size, is_in_hbm in _arrays(type) if not is_in_hbm)
         elif operation == "fusion":
-            called = computations[re.search(r"calls=%?([\w.-]+)", options)[1]]
             total += sum(size for size, is_in_hbm in _arrays(type) if is_in_hbm)
             for i, operand in enumerate(operands):
                 ((size, is_in_hbm),) = _arrays(types[operand])
-                total += min(size, _sliced_bytes(called, i)) if is_in_hbm else 0
+                total += min(size, _sliced_bytes(computations, options, i)) if is_in_hbm else 0
         elif operation in ("dynamic-update-slice", "convolution", "copy", "reshape"):
             changed = operands[1:2] if operation == "dynamic-update-slice" else operands
             sizes = [array for operand in changed for array in _arrays(types[operand])]
@@ -103,17 +102,22 @@ def _arrays(type):
     ]
 
 
-def _sliced_bytes(instructions, index):
+def _sliced_bytes(computations, options, index):
     """Bytes of a fusion's operand that are read, if slices are all that it is used for."""
+    instructions = computations[re.search(r"calls=%?([\w.-]+)", options)[1]]
     (name,) = [name for name, _, op, i, _ in instructions if op == "parameter" and i == str(index)]
-    users = [
-        (operation, type)
-        for _, type, operation, operands, _ in instructions
-        if name in re.findall(r"%([\w.-]+)", operands)
-    ]
-    if all(operation in ("dynamic-slice", "gather") for operation, _ in users):
-        return sum(size for _, type in users for size, _ in _arrays(type))
-    return math.inf
+    total = 0
+    for _, type, operation, operands, options in instructions:
+        operands = re.findall(r"%([\w.-]+)", operands)
+        if name not in operands:
+            continue
+        if operation == "fusion":
+            total += _sliced_bytes(computations, options, operands.index(name))
+        elif operation in ("slice", "dynamic-slice", "gather"):
+            total += sum(size for size, _ in _arrays(type))
+        else:
+            return math.inf
+    return total
 
 
 def compile_programs(batch_size, image_size, dtype, mode):

@@ -145,6 +145,9 @@ class QuantizedMatrix(keras.layers.Layer):
     def take(self, rows):
         """float32 (..., C), rows of the matrix by their numbers, int (...)."""
         if self.mode == "int8":
+            if tuple(rows.shape) == (1, 1):
+                # For a single row a TPU's compiler copies all codes into another layout.
+                return self.take(ops.concatenate([rows, rows]))[:1]
             codes, scales = (ops.take(x, rows, axis=0) for x in (self.codes, self.scales))
         else:
             codes = _backend.take_int4(self.codes.value, rows, self._tile)
