@@ -24,7 +24,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 _LOG = logging.getLogger(__name__)
 BACKEND = keras.config.backend()
 IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
-# From about 16 rows on, products with a quantized matrix in the clear are faster.
+# From about 16 rows on, products with a quantized matrix that was decoded before are faster.
 _MAX_FEW_ROWS = 8
 MAX_TOKENS = 2048  # whose activations inside an MLP are in memory at a time
 # Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
@@ -98,7 +98,7 @@ class Programs:
             model: keras.Model, whose variables the function reads.
             name: hashable. `function` must do the same whenever the name is the same.
             function: callable, from nested structures of tensors to one; it updates no variable.
-            sampler: keras_hub sampler or None, which may be updated. Programs of one are kept.
+            sampler: keras_hub sampler or None, which may be updated. Only the last one's are kept.
             donate: bool, whether the memory of the first argument may be reused, a dict of the
                 structure and shapes of the output. It must not be used again.
             in_parts: bool, whether tensorflow on a CPU compiles `part`s alone, to save memory.
@@ -107,19 +107,7 @@ class Programs:
             callable with the signature of `function`.
         """
         with self._lock:
-            # These change every program: other variables, and LoRA that is merged or not.
-            variables = model.variables
-            merged = [x for x in model._flatten_layers() if getattr(x, "is_merged", False)]
-            content = [*variables, *merged]
-            if sampler is not None and sampler is not self._sampler:
-                self._sampler_programs, self._sampler = {}, sampler
-            if list(map(id, content)) != list(map(id, self._content)):
-                self._programs, self._sampler_programs, self._parts = {}, {}, {}
-                self._content = content
-                if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
-                    for variable in variables:
-                        if variable.name == "kernel":
-                            _lay_out(variable)
+            self._forget_outdated(model, sampler)
             programs = self._programs if sampler is None else self._sampler_programs
             if name not in programs:
                 in_parts = in_parts and BACKEND == "tensorflow" and _is_tf_on_cpu()
@@ -137,6 +125,20 @@ class Programs:
                 updated = [] if sampler is None else sampler.variables
                 programs[name] = _compile(model, traced, updated, donate, in_parts)
             return programs[name]
+
+    def _forget_outdated(self, model, sampler):
+        if sampler is not None and sampler is not self._sampler:
+            self._sampler_programs, self._sampler = {}, sampler
+        # These change every program: other variables, and LoRA that is merged or not.
+        merged = [x for x in model._flatten_layers() if getattr(x, "is_merged", False)]
+        content = [*model.variables, *merged]
+        if list(map(id, content)) != list(map(id, self._content)):
+            self._programs, self._sampler_programs, self._parts = {}, {}, {}
+            self._content = content
+            if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
+                for variable in model.variables:
+                    if variable.name == "kernel":
+                        _lay_out(variable)
 
 
 def part(method):
@@ -160,6 +162,7 @@ elif BACKEND == "tensorflow":
 
 
 def _call_part(parts, method, *args, **kwargs):
+    """Calls a method of a layer by its trace in `parts`, made if missing."""
     layer, leaves = method.__self__, keras.tree.flatten((args, kwargs))
     tensors = [x for x in leaves if ops.is_tensor(x)]
     constants = tuple(None if ops.is_tensor(x) else (x,) for x in leaves)
@@ -172,11 +175,11 @@ def _call_part(parts, method, *args, **kwargs):
         def function(values, tensors):
             tensors = iter(tensors)
             leaves = [next(tensors) if x is None else x[0] for x in constants]
-            merged_args, merged_kwargs = keras.tree.pack_sequence_as((args, kwargs), leaves)
+            packed_args, packed_kwargs = keras.tree.pack_sequence_as((args, kwargs), leaves)
             _state.parts = None  # a part has none
             try:
                 with keras.StatelessScope(state_mapping=zip(variables, values)):
-                    return method(*merged_args, **merged_kwargs)
+                    return method(*packed_args, **packed_kwargs)
             finally:
                 _state.parts = parts
 
@@ -220,7 +223,8 @@ def _compile_tensorflow(model, function, updated, donate, in_parts):
     def run(*args):
         args = (_moved_to_variables(args[0]), *args[1:]) if is_in_place else args
         signature = tuple((x.shape, x.dtype) for x in keras.tree.flatten(args))
-        if signature not in by_signature:  # made of variables themselves it would keep them
+        if signature not in by_signature:
+            # Of specs: traced with the variables themselves, it would keep them.
             specs = keras.tree.map_structure(tf.type_spec_from_value, args)
             by_signature[signature] = compiled.get_concrete_function(*specs)
         outputs = by_signature[signature](*args)
@@ -246,9 +250,10 @@ def _update(function, state, *args):
 
 
 def _moved_to_variables(state):
-    """The dict with variables for tensors of floats, emptied, since XLA reuses their memory alone.
+    """The structure of a dict with variables in place of its float tensors; empties the dict.
 
-    It does so where nothing else refers to it. On a GPU integers cannot be such variables.
+    XLA reuses the memory of variables alone, and only where nothing else refers to it. On a GPU
+    integers cannot be such variables.
     """
     moved = keras.tree.map_structure(
         lambda x: x if isinstance(x, tf.Variable) or not x.dtype.is_floating else tf.Variable(x),
@@ -289,6 +294,9 @@ def compiled(function):
 
     Args:
         function: callable, of which nothing but tensors may change from call to call.
+
+    Returns:
+        callable with the signature of `function`.
     """
     if BACKEND != "torch":
         return function
@@ -314,10 +322,10 @@ def compilation_cache(folder):
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        jax_cache.reset_cache()  # which jax otherwise decides on at its first program
+        jax_cache.reset_cache()  # jax decides at its first program whether to have one
     elif BACKEND == "torch":
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-    else:  # what tensorflow 2.21 has itself reports errors when it reads on a CPU
+    else:  # the cache that tensorflow 2.21 has reports errors when it is read on a CPU
         _LOG.warning("`compilation_cache` has no effect with tensorflow.")
 
 
@@ -340,9 +348,9 @@ def loop(step, state, max_steps, is_done, num_rows):
             step = _torch_compile(step)
             # A tensor made outside of this mode would be another kind of input, compiled anew.
             state = keras.tree.map_structure(lambda x: x if x.is_inference() else x.clone(), state)
-        # Compiled code does not choose the products itself, see `matmul`.
-        is_chosen = is_compiled and not _HAS_AMX
-        with _products_of(num_rows) if is_chosen else contextlib.nullcontext():
+        # `matmul` cannot do this inside compiled code.
+        without_onednn = _without_onednn_for_one_row(num_rows)
+        with without_onednn if is_compiled and not _HAS_AMX else contextlib.nullcontext():
             for count in range(int(max_steps)):
                 # On an accelerator each look at the device costs a wait.
                 done = is_done(state)
@@ -350,8 +358,8 @@ def loop(step, state, max_steps, is_done, num_rows):
                     break
                 state = step(state)
         return state
-    # Without axes of length 1: XLA for CPUs copies what has them, such as a cache of one row, four
-    # times in each step.
+    # The state goes around without axes of length 1: XLA for CPUs copies what has them, such as a
+    # cache of one row, four times in each step.
     shapes = [x.shape for x in keras.tree.flatten(state)]
 
     def squeezed(state):
@@ -412,8 +420,8 @@ def _unrolled(function, tensors, max_length):
 
 
 def _looped(function, tensors, max_length):
-    # It writes over what it has read. Otherwise XLA for CPUs begins with all parts, or with the
-    # memory of all outputs, at once.
+    # Outputs are written over inputs that were read. Otherwise XLA for CPUs begins with all parts,
+    # or with the memory of all outputs, at once.
     length = tensors[0].shape[1]
     part_length = equal_part(length, max_length)
     if 2 * part_length < max_length:  # no fitting divisor
@@ -426,10 +434,7 @@ def _looped(function, tensors, max_length):
 
     def step(index, outputs):
         start = index * part_length
-        parts = []
-        for x in (outputs, *tensors[1:]):
-            starts = [ops.cast(start if axis == 1 else 0, "int32") for axis in range(len(x.shape))]
-            parts.append(ops.slice(x, starts, (x.shape[0], part_length, *x.shape[2:])))
+        parts = [read(x, start, part_length) for x in (outputs, *tensors[1:])]
         return write(outputs, function(*parts), start)
 
     return repeat(step, length // part_length, tensors[0])
@@ -652,6 +657,25 @@ def tf_dataset(batches, sample):
 # Arrays -------------------------------------------------------------------------------------
 
 
+def read(x, index, length, axis=1):
+    """The part of a tensor that begins at `index` of an axis and has `length` there.
+
+    Args:
+        x: tensor.
+        index: int or int32 scalar tensor.
+        length: int.
+        axis: int.
+
+    Returns:
+        tensor of the shape of `x` but for `axis`.
+    """
+    if BACKEND == "torch":
+        return x.narrow(axis, index, length)
+    starts = [ops.cast(index if i == axis else 0, "int32") for i in range(len(x.shape))]
+    sizes = [length if i == axis else size for i, size in enumerate(ops.shape(x))]
+    return ops.slice(x, starts, sizes)  # starts of int32, since jax may have x64
+
+
 def write(buffer, values, index, axis=1):
     """Writes `values` into `buffer` at `index` of an axis, in place where the backend can.
 
@@ -864,8 +888,8 @@ def _product_for_training(x, matrix):
     def product(rows, matrix, shape):
         return _times_in_float32(rows, matrix).to(x.dtype).view(shape)
 
-    def gradient(*args, upstream=None):
-        upstream = (args[0] if upstream is None else upstream).reshape(len(rows), -1)
+    def gradient(*_, upstream):
+        upstream = upstream.reshape(len(rows), -1)
         of_x = product(upstream, matrix.t(), x.shape)
         of_matrix = rows.t().float() @ upstream.float() if matrix.requires_grad else None
         return of_x, of_matrix if of_matrix is None else of_matrix.to(matrix.dtype)
@@ -877,7 +901,7 @@ def _few_times(x, columns):
     """`x @ columns` of few rows on a CPU, each column's weights beside each other."""
     rows = x.reshape(-1, x.shape[-1])
     if not _has_tiles(x):
-        with _products_of(len(rows)):
+        with _without_onednn_for_one_row(len(rows)):
             return torch.matmul(x, columns)
     # oneDNN would lay out the right operand anew for the tiles. A vector it multiplies without.
     padded = torch.nn.functional.pad(rows, (0, 0, 0, 1)) if len(rows) == 1 else rows
@@ -897,8 +921,8 @@ def _lay_out(kernel):
 
 
 @contextlib.contextmanager
-def _products_of(num_rows):
-    """Without AMX oneDNN reads the weights of a single row at half the rate of torch's own code."""
+def _without_onednn_for_one_row(num_rows):
+    """Turns oneDNN off for one row: without AMX it reads at half the rate of torch's own code."""
     if num_rows > 1 or torch.compiler.is_compiling():
         yield
         return
@@ -910,7 +934,7 @@ def _products_of(num_rows):
 
 
 def _count_users_without_onednn(change):
-    # All threads share the flag of torch: the first turns it off, the last back.
+    # All threads share torch's flag: the first to enter clears it, the last to leave sets it again.
     with _onednn.lock:
         if not _onednn.num_without:
             _onednn.was_enabled = torch.backends.mkldnn.enabled
@@ -919,11 +943,11 @@ def _count_users_without_onednn(change):
 
 
 def refined(rounded, x, take):
-    """The largest of many rounded products with a vector in float32.
+    """Rounded products of a matrix (R, C) with vectors, the largest computed again in float32.
 
     Args:
         rounded: float (..., R).
-        x: float (..., C), what was multiplied.
+        x: float (..., C), the vectors.
         take: callable, from places int (n,) to rows of the matrix, float32 (n, C).
 
     Returns:
@@ -1020,10 +1044,36 @@ def int8_product(x, codes, scales):
         bfloat16 (..., R), or None.
     """
     # Where C is no multiple of 16, torch 2.13 reads past the end.
-    if BACKEND != "torch" or codes.shape[1] % 16 or not _is_small(x):
+    if BACKEND != "torch" or codes.shape[1] % 16 or not _has_torch_product(x):
         return None
     rows = x.reshape(-1, x.shape[-1])
     return torch._weight_int8pack_mm(rows, codes, scales).view(*x.shape[:-1], -1)
+
+
+def int4_product(x, codes, scales, tile):
+    """The product with a matrix of int4, likewise.
+
+    Args:
+        x: float (..., C).
+        codes: uint8 (C / 2 / G, R, G) as `tile_int4` returns them.
+        scales: bfloat16 (groups, R, 2), scales and offsets.
+        tile: int or None, see `int4_tile`.
+
+    Returns:
+        bfloat16 (..., R), or None.
+    """
+    if tile is None or not _has_torch_product(x):
+        return None
+    rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]), codes.shape
+    codes = codes.view(num_rows, -1)
+    products = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, scales)
+    return products.view(*x.shape[:-1], -1)
+
+
+def _has_torch_product(x):
+    """Whether torch has a product of `x` with a quantized matrix that is faster than ours."""
+    is_small = has_few_rows(x) and x.dtype == torch.bfloat16
+    return is_small and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def has_few_rows(x):
@@ -1037,28 +1087,6 @@ def where_xla_is_on_cpu(on_cpu, otherwise, *args):
         return jax.lax.platform_dependent(*args, cpu=on_cpu, default=otherwise)
     is_on_cpu = BACKEND == "tensorflow" and _is_tf_on_cpu()
     return (on_cpu if is_on_cpu else otherwise)(*args)
-
-
-def int4_product(x, codes, scales, tile):
-    """The product with a matrix of int4, likewise.
-
-    Args:
-        x: bfloat16 (..., C).
-        codes: uint8 (C / 2 / G, R, G) as `tile_int4` returns them.
-        scales: bfloat16 (groups, R, 2), scales and offsets.
-        tile: int or None, see `int4_tile`.
-    """
-    if tile is None or not _is_small(x):
-        return None
-    rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]), codes.shape
-    codes = codes.view(num_rows, -1)
-    products = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, scales)
-    return products.view(*x.shape[:-1], -1)
-
-
-def _is_small(x):
-    is_small = has_few_rows(x) and x.dtype == torch.bfloat16
-    return is_small and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def int4_tile(codes):

@@ -60,7 +60,7 @@ class Batches(data_adapter.DataAdapter):
         epoch: int, number of the epoch that is read next.
 
     Raises:
-        ValueError: if there is no data, or of none of the known forms.
+        ValueError: if there is no data, or it has none of the known forms.
     """
 
     def __init__(self, data, preprocessor, vocab_size, batch_size=8, shuffle=False):
@@ -98,21 +98,24 @@ class Batches(data_adapter.DataAdapter):
             fraction: float in (0, 1).
             batch_size: int, of the second part.
 
+        Returns:
+            Batches, Batches.
+
         Raises:
             ValueError: if the data is no sequence, or a part would be empty.
         """
-        count = int(len(self._data) * (1 - fraction)) if self._is_sequence else 0
-        if not 0 < count < len(self._data if self._is_sequence else ()):
+        total = len(self._data) if self._is_sequence else 0
+        count = int(total * (1 - fraction))
+        if not 0 < count < total:
             raise ValueError(
                 "`validation_split` needs a sequence of examples long enough to split. Received: "
                 f"{type(self._data).__name__}, validation_split={fraction}. Pass "
                 "`validation_data` instead."
             )
+        first, second = (_Part(self._data, rows) for rows in (range(count), range(count, total)))
         options = (self.preprocessor, self._vocab_size)
-        rest = _Part(self._data, range(count))
-        part = _Part(self._data, range(count, len(self._data)))
-        rest = Batches(rest, *options, self._batch_size, self._shuffle)
-        return rest, Batches(part, *options, batch_size)
+        first = Batches(first, *options, self._batch_size, self._shuffle)
+        return first, Batches(second, *options, batch_size)
 
     def raw_batches(self):
         """An iterator over lists of examples, or over dicts that are a batch already."""

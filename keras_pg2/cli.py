@@ -8,7 +8,14 @@ import math
 import os
 import sys
 
-from keras_pg2 import __version__
+import tqdm
+from PIL import Image
+
+from keras_pg2 import PaliGemma2, PaliGemmaConfig, Preprocessor, Tokenizer, __version__, draw, tasks
+from keras_pg2.checkpoints import io, presets
+from keras_pg2.checkpoints.names import tensor_specs
+from keras_pg2.config import VARIANTS
+from keras_pg2.preprocessing import image_pixels
 
 _EPILOG = """examples:
   keras-pg2 caption cat.jpg --preset paligemma2-3b-mix-224
@@ -22,9 +29,7 @@ _CHECKPOINT = (
     "official name, hf://org/repo, kaggle://owner/model/framework/variation, or path of a "
     "checkpoint (our own, Hugging Face, keras_hub, big_vision .npz)"
 )
-_TINY = "paligemma2-tiny-digits-112"
 _IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_FORMATS = ("preset", "hf", "keras-hub", "big-vision")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,8 +64,9 @@ def _parser():
     generate = _add_task(commands, "generate", "answer a prompt about pictures")
     generate.add_argument("prompt", help='such as "caption en", "detect cat" or "ocr"')
     caption = _add_task(commands, "caption", "say what pictures show")
-    styles = ("short", "coco", "detailed")
-    caption.add_argument("--style", default="coco", choices=styles, help="default: coco")
+    caption.add_argument(
+        "--style", default="coco", choices=tuple(tasks.CAPTION_STYLES), help="default: coco"
+    )
     answer = _add_task(commands, "answer", "answer a question about pictures")
     answer.add_argument("question")
     for task in (caption, answer):
@@ -114,7 +120,7 @@ def _parser():
     convert = commands.add_parser("convert", help="write a checkpoint in another format")
     convert.add_argument("source", help=_CHECKPOINT)
     convert.add_argument("destination", help="path of a new folder, or of a .npz file")
-    convert.add_argument("--to", required=True, choices=_FORMATS, help="format to write")
+    convert.add_argument("--to", required=True, choices=presets.FORMATS, help="format to write")
     convert.add_argument("--dtype", choices=_DTYPES, help="dtype to store; default: the source's")
     convert.add_argument("--tokenizer", help="path of a tokenizer.model, if the source has none")
     convert.add_argument("--force", action="store_true", help="replace the destination")
@@ -136,7 +142,7 @@ def _add_task(commands, name, help):
 
 
 def _add_model(command):
-    command.add_argument("--preset", help=f"{_CHECKPOINT}; default: {_TINY}")
+    command.add_argument("--preset", help=f"{_CHECKPOINT}; default: {presets.TINY}")
     command.add_argument(
         "--tokenizer", help="path of a tokenizer.model, for a .npz, which has none"
     )
@@ -154,12 +160,10 @@ def _add_codec(command):
 
 def _load(options):
     """The model of a command."""
-    import keras_pg2
-
     if options.preset is None:
-        _report(f"the preset is {_TINY}, which knows digits and shapes alone; see --preset")
-    model = keras_pg2.PaliGemma2.from_preset(
-        options.preset or _TINY,
+        _report(f"the preset is {presets.TINY}, which knows digits and shapes alone; see --preset")
+    model = PaliGemma2.from_preset(
+        options.preset or presets.TINY,
         dtype=options.dtype,
         quantize=options.quantize,
         tokenizer=options.tokenizer,
@@ -184,13 +188,6 @@ def _run_task(options):
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be positive. Received: {options.max_new_tokens}")
     prompt = _prompt(options)  # all that can be wrong is found before a model is loaded
-    import tqdm
-    from PIL import Image
-
-    import keras_pg2
-    from keras_pg2.checkpoints import io
-    from keras_pg2.preprocessing import image_pixels
-
     model = _load(options)
     num_failures = 0
     # Not on a terminal there is no bar.
@@ -213,7 +210,7 @@ def _run_task(options):
                 if drawn_paths:
                     os.makedirs(os.path.dirname(os.path.abspath(drawn_paths[path])), exist_ok=True)
                     with io.replace_when_done(drawn_paths[path]) as new, open(new, "wb") as file:
-                        keras_pg2.draw(image, answer).save(file, "PNG")
+                        draw(image, answer).save(file, "PNG")
             bar.update(len(paths[start : start + options.batch_size]))
     if num_failures:
         _report(f"{num_failures} of {len(paths)} pictures could not be read")
@@ -227,7 +224,7 @@ def _demo(options):
         if error.name != "gradio":
             raise
         raise ImportError('`keras-pg2 demo` needs `pip install "keras-pg2[demo]"`.') from error
-    title = options.preset or _TINY
+    title = options.preset or presets.TINY
     page = demo.launch(_load(options), title, options.host, options.port, options.share)
     addresses = " and ".join(filter(None, [page.local_url, page.share_url]))
     _report(f"{title} is served at {addresses}; Ctrl+C ends it")
@@ -284,8 +281,6 @@ def _drawn_paths(names, paths, out):
 
 def _prompt(options):
     """The prompt of a command that has one for all pictures."""
-    from keras_pg2 import tasks
-
     if options.command == "caption":
         return tasks.caption_prompt(options.lang, options.style)
     if options.command == "answer":
@@ -297,8 +292,6 @@ def _prompt(options):
 
 def _answers(model, options, prompt, images):
     """list of str or Detections."""
-    from keras_pg2 import tasks
-
     settings = {**tasks.longest_answer(prompt), "batch_size": options.batch_size}
     if options.max_new_tokens is not None:
         settings["max_new_tokens"] = options.max_new_tokens
@@ -335,9 +328,6 @@ def _line(path, answer, is_json, has_path):
 
 
 def _info(options):
-    from keras_pg2.checkpoints import names, presets
-    from keras_pg2.config import VARIANTS, PaliGemmaConfig
-
     stored = {}
     if options.checkpoint in VARIANTS:
         kind = "architecture"
@@ -350,11 +340,11 @@ def _info(options):
             config = config.replace(image_size=options.image_size)
         stored = collections.Counter()
         is_here = os.path.exists(os.path.expanduser(options.checkpoint))
-        if is_here or options.checkpoint == _TINY:
+        if is_here or options.checkpoint == presets.TINY:
             for tensor in checkpoint.weights().values():
                 stored[tensor.dtype] += math.prod(tensor.shape)
     parameters = collections.Counter()
-    for spec in names.tensor_specs("preset", config):
+    for spec in tensor_specs("preset", config):
         parameters[spec.path.split("/")[0]] += math.prod(spec.shape)
     total = sum(parameters.values())
     text = config.text
@@ -392,10 +382,6 @@ def _info(options):
 
 
 def _convert(options):
-    from keras_pg2.checkpoints import presets
-    from keras_pg2.preprocessing import Preprocessor
-    from keras_pg2.tokenizer import Tokenizer
-
     if os.path.lexists(options.destination) and not options.force:
         raise FileExistsError(
             f"{options.destination!r} exists already. Pass --force to replace it."

@@ -198,6 +198,9 @@ class PaliGemmaConfig:
                 "paligemma2-10b", "paligemma2-28b".
             image_size: int, 224, 448 and 896 are published; any multiple of 14 works.
 
+        Returns:
+            PaliGemmaConfig.
+
         Raises:
             ValueError: if there is no such variant.
         """
@@ -215,31 +218,24 @@ class PaliGemmaConfig:
                 (`width`, `depth`, `mlp_dim`, `num_heads`, `norm_eps`) is changed through
                 `vision=` or `text=` instead.
 
+        Returns:
+            PaliGemmaConfig.
+
         Raises:
             ValueError: if a field is unknown, or belongs to both towers.
         """
-        towers = {"vision": {}, "text": {}}
-        whole = {}
+        towers = {name: changes.pop(name, getattr(self, name)) for name in ("vision", "text")}
+        fields = {name: {} for name in towers}
         for field, value in changes.items():
-            owners = [
-                name
-                for name, tower in (("vision", SiglipConfig), ("text", GemmaConfig))
-                if field in {f.name for f in dataclasses.fields(tower)}
-            ]
-            if field in towers:
-                whole[field] = value
-            elif len(owners) == 1:
-                towers[owners[0]][field] = value
-            else:
+            owners = [name for name, tower in self.to_dict().items() if field in tower]
+            if len(owners) != 1:
                 reason = (
                     "belongs to both towers, pass `vision=` or `text=`" if owners else "unknown"
                 )
                 raise ValueError(f"Cannot change the config field `{field}`: it is {reason}.")
+            fields[owners[0]][field] = value
         return PaliGemmaConfig(
-            **{
-                name: dataclasses.replace(whole.get(name, getattr(self, name)), **fields)
-                for name, fields in towers.items()
-            }
+            **{name: dataclasses.replace(towers[name], **fields[name]) for name in towers}
         )
 
     def to_dict(self):

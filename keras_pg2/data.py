@@ -32,7 +32,7 @@ from keras_pg2.segmentation import (
     location_tokens,
 )
 
-_logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _LARGE_FILE, _MANY_ROWS = 10**8, 10**5  # bytes and rows from which progress is shown
 _MAX_PLACES = 5  # bad rows named in a warning
 _PROMPTS = ("categories", "category", "all classes")
@@ -469,7 +469,7 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
         if objects:
             yield _Scene(image["id"], path, height, width, objects)
     if num_empty:
-        _logger.info(
+        _LOG.info(
             "%s: left out %d boxes without a width or a height in location tokens, of which there "
             "are 1,024 a side.",
             source,
@@ -648,10 +648,10 @@ def _polygon_mask(points, height, width):
     """The pixels whose centres are inside of a polygon, by the even-odd rule."""
     ends = np.roll(points, -1, axis=0)
     (x1, y1), (x2, y2) = points.T, ends.T
-    centres = np.arange(height) + 0.5
-    rows, edges = np.nonzero((y1 <= centres[:, None]) != (y2 <= centres[:, None]))
+    centers = np.arange(height) + 0.5
+    rows, edges = np.nonzero((y1 <= centers[:, None]) != (y2 <= centers[:, None]))
     steepness = (x2[edges] - x1[edges]) / (y2[edges] - y1[edges])
-    crossings = x1[edges] + (centres[rows] - y1[edges]) * steepness
+    crossings = x1[edges] + (centers[rows] - y1[edges]) * steepness
     columns = np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)
     counts = np.zeros((height, width + 1), "uint8")  # overflow leaves even and odd as they are
     np.add.at(counts, (rows, columns), 1)
@@ -805,7 +805,7 @@ class _Checks:
 
     @contextlib.contextmanager
     def row(self, place):
-        """Within it, a ValueError is about the row at `place`."""
+        """A ValueError inside is about the row at `place`: it is raised with it, or counted."""
         try:
             yield
         except ValueError as error:
@@ -833,7 +833,7 @@ class _Checks:
     def examples(self, read, count, shard, source):
         """The Examples of rows 0 … count - 1, once all are checked."""
         if self._count:
-            _logger.warning(
+            _LOG.warning(
                 "Left out %d bad rows of %s:\n%s%s",
                 self._count,
                 source,

@@ -77,10 +77,11 @@ def layout_map(config, device_mesh, quantize=None):
             axis if axis and unit % sizes[axis] == 0 else None for axis, unit in zip(axes, units)
         )
         if quantize and weight in ("kernel", "embeddings"):
-            rows, columns = axes if weight == "embeddings" else axes[::-1]
+            width, (rows, columns) = spec.shape[-1], axes
+            if weight == "kernel":  # quantized as its transpose
+                width, (columns, rows) = spec.shape[0], axes
             codes, scales = (rows, columns), (rows,)
             if group_size is not None:  # a byte holds two groups of columns
-                width = spec.shape[weight == "embeddings"]
                 num_groups = -(-width // (2 * group_size))
                 groups = columns if columns and num_groups % sizes[columns] == 0 else None
                 codes = scales = (groups, rows, None)

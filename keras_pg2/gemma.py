@@ -103,7 +103,7 @@ class GemmaAttention(DirectCall, layers.Layer):
 
 
 def _gelu_times(gate, up):
-    # By `ops`, since a DTypePolicyMap may give different dtypes.
+    # Not `*`: a DTypePolicyMap may give different dtypes.
     return ops.multiply(activations.gelu(gate, approximate=True), up)
 
 
@@ -199,7 +199,7 @@ class GemmaBlock(DirectCall, layers.Layer):
         query, key, value = _backend.part(self._project)(x, rotary, output_start)
         if cache is not None:  # written between the parts, so that it is not copied
             cache = [_backend.write_cache(*pair, cache_index) for pair in zip(cache, (key, value))]
-            if attention_mask.shape[2] != x.shape[1]:  # else nothing else is in the cache yet
+            if attention_mask.shape[2] != x.shape[1]:  # the queries see earlier tokens, too
                 key, value = cache
         if output_start:
             x, attention_mask = x[:, output_start:], attention_mask[:, output_start:]
@@ -217,7 +217,7 @@ class GemmaBlock(DirectCall, layers.Layer):
             update = self.post_attention_norm(update)
         if config.dropout and training:
             update = keras.random.dropout(update, config.dropout, seed=self.attention_seed)
-        x = ops.add(x, update)  # likewise
+        x = ops.add(x, update)  # not `+`, as in `_gelu_times`
         update = self.mlp(self.pre_mlp_norm(x))
         if config.use_post_norms:
             update = self.post_mlp_norm(update)

@@ -68,7 +68,7 @@ class Sample:
 class Beam:
     """Beam search for the answer of the highest log-probability, without length penalty.
 
-    Only answers that end within `max_new_tokens` count, be it too early.
+    Only answers that end within `max_new_tokens` count, so that a low limit favours short ones.
 
     Args:
         num_beams: int, unfinished answers kept at each step.
@@ -185,6 +185,9 @@ def get_sampler(sampler):
         sampler: one of the names in `SAMPLERS`; `Greedy`, `Sample` or `Beam`; or a
             `keras_hub.samplers.Sampler`.
 
+    Returns:
+        Greedy, Sample, Beam or `keras_hub.samplers.Sampler`.
+
     Raises:
         ValueError: if it is none of these.
     """
@@ -272,8 +275,8 @@ def token_steps(
         in_parts=getattr(model.text.embedding.quantized, "mode", None) == "int4",
     )
     state = prefill(inputs, _backend.to_tensors(choice))
+    names = ("best_tokens", "best_log_probs") if is_beam else ("tokens", "log_probs")
     while True:
-        names = ("best_tokens", "best_log_probs") if is_beam else ("tokens", "log_probs")
         outputs = [state[name] for name in (*names, "count", "done")]
         tokens, log_probs, count, done = _backend.to_numpy(outputs)
         stopped = yield tokens[:, :count], log_probs[:, :count]
@@ -298,7 +301,7 @@ def _sample_inputs(sampler, seeds, length, vocab_size):
 
 
 def _pad_to_buckets(model, inputs, max_new_tokens):
-    """Rounds lengths up where programs are compiled, so that few are."""
+    """Rounds lengths up if programs are compiled. Returns inputs, cache and buffer length."""
     num_image_tokens = model.num_image_tokens(inputs)
     length = inputs["token_ids"].shape[1]
     limit = model.config.text.max_positions
@@ -454,20 +457,9 @@ def _choose_beams(sampler, state, log_probs):
     count, scores = state["count"], state["scores"]
     batch_size = scores.shape[0]
     log_probs = ops.reshape(log_probs, (batch_size, beams, -1))
+    best = _best_ended(state, log_probs[:, :, EOS_ID])
 
-    # Every unfinished answer might end here: keep the best of those and of the finished ones.
-    ended = log_probs[:, :, EOS_ID]
-    ended_scores = scores + ended
-    beam = ops.argmax(ended_scores, axis=-1)[:, None]
-    score = ops.take_along_axis(ended_scores, beam, axis=-1)[:, 0]
-    tokens = _take_beams(state["tokens"], beam)[:, 0]
-    tokens = _backend.write(tokens, ops.full((batch_size, 1), EOS_ID, "int32"), count)
-    history = _take_beams(state["log_probs"], beam)[:, 0]
-    history = _backend.write(history, ops.take_along_axis(ended, beam, axis=-1), count)
-    better = score > state["best_score"]
-    best_score = ops.where(better, score, state["best_score"])
-
-    # Then extend each by its most likely tokens other than `<eos>` and keep the best.
+    # Extend each by its most likely tokens other than `<eos>` and keep the best.
     top_log_probs, top_tokens = ops.top_k(log_probs, beams + 1)
     candidates = ops.where(top_tokens == EOS_ID, _NEVER, top_log_probs) + scores[:, :, None]
     scores, chosen = ops.top_k(ops.reshape(candidates, (batch_size, -1)), beams)
@@ -490,28 +482,48 @@ def _choose_beams(sampler, state, log_probs):
         "tokens": extend(state["tokens"], token),
         "log_probs": extend(state["log_probs"], pick(top_log_probs)),
     }
-    best = {
-        "tokens": ops.where(better[:, None], tokens, state["best_tokens"]),
-        "log_probs": ops.where(better[:, None], history, state["best_log_probs"]),
-    }
     if "grammar" in state:
         for name in ("place", "recent"):
             state = state | {name: ops.take(state[name], rows, axis=0)}
         # While the grammar allowed no end, the best beam stands in.
-        is_open = (best_score < _NEVER / 2)[:, None]
-        best = {name: ops.where(is_open, extended[name][:, 0], best[name]) for name in best}
+        is_open = (best["best_score"] < _NEVER / 2)[:, None]
+        for name, array in extended.items():
+            best[f"best_{name}"] = ops.where(is_open, array[:, 0], best[f"best_{name}"])
         state = _follow_grammar(state, token)
     return state | {
         "cache": tree.map_structure(lambda array: ops.take(array, rows, axis=0), state["cache"]),
         "token": token,
         **extended,
         "scores": scores,
-        "best_tokens": best["tokens"],
-        "best_log_probs": best["log_probs"],
-        "best_score": best_score,
+        **best,
         "count": count + 1,
         # Scores only fall, so an unfinished answer below the best finished one cannot win.
-        "done": ops.logical_or(state["done"], scores[:, 0] < best_score),
+        "done": ops.logical_or(state["done"], scores[:, 0] < best["best_score"]),
+    }
+
+
+def _best_ended(state, ended):
+    """The best of the finished answers and of those that would end now.
+
+    Args:
+        state: dict of tensors.
+        ended: float32 (B, beams), log-probability of `<eos>` after each unfinished answer.
+
+    Returns:
+        dict of the new "best_score", "best_tokens" and "best_log_probs".
+    """
+    scores, count = state["scores"] + ended, state["count"]
+    beam = ops.argmax(scores, axis=-1)[:, None]
+    score = ops.take_along_axis(scores, beam, axis=-1)[:, 0]
+    tokens = _take_beams(state["tokens"], beam)[:, 0]
+    tokens = _backend.write(tokens, ops.full((beam.shape[0], 1), EOS_ID, "int32"), count)
+    log_probs = _take_beams(state["log_probs"], beam)[:, 0]
+    log_probs = _backend.write(log_probs, ops.take_along_axis(ended, beam, axis=-1), count)
+    is_better = score > state["best_score"]
+    return {
+        "best_score": ops.where(is_better, score, state["best_score"]),
+        "best_tokens": ops.where(is_better[:, None], tokens, state["best_tokens"]),
+        "best_log_probs": ops.where(is_better[:, None], log_probs, state["best_log_probs"]),
     }
 
 
@@ -717,10 +729,10 @@ def align_inputs(inputs, vocab_size):
     """Tokenized inputs of a user to the layout of `token_steps`.
 
     Args:
-        vocab_size: int, V.
         inputs: dict of NumPy arrays: "images" float (B, M, I, I, 3) or (B, I, I, 3) or
             "image_tokens" float (B, M · P, D), "token_ids" int (B, T), and optionally
             "padding_mask" and "suffix_mask" bool (B, T); padding may be anywhere.
+        vocab_size: int, V.
 
     Returns:
         dict of NumPy arrays, padding first.

@@ -48,9 +48,9 @@ class StepSeed(keras.random.SeedGenerator):
 
 
 class DirectCall:
-    """Mixin for a layer whose `call` runs at once in a program, past Keras' checks of arguments.
+    """Mixin for a layer that in a program is only its `call`, without Keras' checks of arguments.
 
-    Keras takes 0.2 ms for each call of a layer, hundreds of times for a token on torch.
+    They take 0.2 ms for each call of a layer, hundreds of times for a token on torch.
     """
 
     def __call__(self, *args, **kwargs):
@@ -97,8 +97,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         self.autocast = False
         self.lora = None
         self.lora_kernel_a = self.lora_kernel_b = None
-        self._dropout_seed = None
-        self._unmerged_kernel = None
+        self._dropout_seed = self._unmerged_kernel = None
 
     def call(self, inputs, training=None):
         outputs = self._matmul(inputs, self.quantized or self._kernel)
@@ -141,8 +140,8 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
     def enable_lora(self, rank, alpha=None, dropout=0.0):
         """Adds LoRA and freezes the kernel. The output stays what it was: B starts at zero.
 
-        For layers of a `PaliGemma2` call its methods of this name, and of those below, which
-        have programs compiled anew.
+        In a `PaliGemma2` call the model's methods of this and the following names instead: they
+        also have programs compiled anew.
 
         Args:
             rank: int.

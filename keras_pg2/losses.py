@@ -55,10 +55,9 @@ def token_losses(
 
     Source: big_vision `trainers/proj/paligemma/train.py`, `loss_fn`.
     """
-    batch_size, length = ops.shape(hidden)[0], hidden.shape[1]
-    vocab_size = embeddings.shape[0]
+    length, vocab_size = hidden.shape[1], embeddings.shape[0]
     # TensorFlow forgets the batch size after it has changed once; symbols have none.
-    known_size = hidden.shape[0] if isinstance(hidden.shape[0], int) else 64
+    known_size = hidden.shape[0] if isinstance(hidden.shape[0], int) else None
     chunk = chunk_length(known_size or 64, length, vocab_size)
     num_chunks = max(1, math.ceil(length / chunk))
     padding = ((0, 0), (0, num_chunks * chunk - length))
@@ -69,14 +68,14 @@ def token_losses(
     is_differentiable = _backend.needs_gradients()
     train_embeddings = train_embeddings and is_differentiable
 
-    def chunk_losses(hidden, embeddings, targets, weights):
-        """Losses and hits (B, C), and the gradients of their weighted sum."""
+    def chunk_losses(embeddings, hidden, targets, weights):
+        """Losses and hits (B, chunk), and the gradients of the losses' weighted sum."""
         logits = _backend.matmul_transposed_float32(ops.cast(hidden, dtype), embeddings)
         slope = None
         if softcap is not None:
             capped = ops.tanh(logits / softcap)
             logits, slope = capped * softcap, 1 - ops.square(capped)
-        is_target = ops.arange(vocab_size, dtype="int32") == targets[..., None]  # (B, C, V)
+        is_target = ops.arange(vocab_size, dtype="int32") == targets[..., None]  # (B, chunk, V)
         highest = ops.max(logits, axis=-1)
         log_total = ops.logsumexp(logits, axis=-1)
         target_logit = ops.sum(ops.where(is_target, logits, 0.0), axis=-1)
@@ -95,14 +94,13 @@ def token_losses(
         gradient = ops.cast(gradient, dtype)
         hidden_gradient = ops.cast(_backend.matmul(gradient, embeddings), "float32")
         hidden_gradient = hidden_gradient * weights[..., None]
+        embeddings_gradient = None
         if train_embeddings:
             largest = ops.maximum(ops.max(weights), 1e-30)
             weighted = ops.cast(hidden, "float32") * (weights / largest)[..., None]
             embeddings_gradient = largest * _backend.einsum_float32(
                 "btv,btd->vd", gradient, ops.cast(weighted, dtype)
             )
-        else:
-            embeddings_gradient = None
         return counts * losses, hits, hidden_gradient, embeddings_gradient
 
     def all_losses(hidden, embeddings, targets, weights):
@@ -111,30 +109,19 @@ def token_losses(
         used_chunks = (last + chunk - 1) // chunk
 
         def step(index, state):
-            def part(x):
-                shape = (batch_size, chunk, *x.shape[2:])
-                return ops.slice(x, (0, index * chunk, *[0] * (len(shape) - 2)), shape)
-
-            losses, hits, hidden_gradient, embeddings_gradient = chunk_losses(
-                part(hidden), embeddings, part(targets), part(weights)
-            )
             start = index * chunk
+            parts = (_backend.read(x, start, chunk) for x in (hidden, targets, weights))
+            *values, embeddings_gradient = chunk_losses(embeddings, *parts)
             new = {
-                "losses": _backend.write(state["losses"], losses, start),
-                "hits": _backend.write(state["hits"], hits, start),
+                name: _backend.write(state[name], value, start)
+                for name, value in zip(("losses", "hits", "hidden_gradient"), values)
+                if name in state
             }
-            if is_differentiable:
-                new["hidden_gradient"] = _backend.write(
-                    state["hidden_gradient"], hidden_gradient, start
-                )
             if train_embeddings:
                 new["embeddings_gradient"] = state["embeddings_gradient"] + embeddings_gradient
             return new
 
-        state = {
-            "losses": ops.zeros_like(weights),
-            "hits": ops.zeros_like(weights),
-        }
+        state = {"losses": ops.zeros_like(weights), "hits": ops.zeros_like(weights)}
         if is_differentiable:
             state["hidden_gradient"] = ops.zeros_like(hidden)
         if train_embeddings:

@@ -124,8 +124,8 @@ class PaliGemma2(keras.Model):
                 bfloat16 on accelerators and with torch, and float32 with JAX and TensorFlow
                 on a CPU, where their bfloat16 products are over ten times slower.
             quantize: None, "int8", "int4" or a `QuantizationConfig`: how to quantize each weight
-                as soon as it is read, see `quantize`. The whole model is never in memory in the
-                clear.
+                as soon as it is read, see `quantize`. The whole model is never in memory
+                unquantized.
             image_size: int or None. If it differs from the checkpoint's, the position embedding
                 is resampled, as big_vision does before training at another resolution.
             tokenizer: Tokenizer, path of a `tokenizer.model` or `tokenizer.json`, or None for
@@ -167,26 +167,27 @@ class PaliGemma2(keras.Model):
             size = config.vision.image_size
             preprocessor = Preprocessor(tokenizer, size, **checkpoint.preprocessing)
         policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
-        # Reading begins while the model is made, unless that must tell how to read.
-        is_known = not quantize and not isinstance(policy, keras.dtype_policies.DTypePolicyMap)
-        reading = _read(weights, dict.fromkeys(weights, policy.variable_dtype)) if is_known else ()
+        # Reading begins while the model is made, unless only its layers know how to read.
+        is_plain = not quantize and not isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+        reading = _read(weights, dict.fromkeys(weights, policy.variable_dtype)) if is_plain else ()
         with _backend.variables_without_values():
             model = cls(config, preprocessor, dtype=policy)
             if quantize:
-                model.quantize(**{"mode" if isinstance(quantize, str) else "config": quantize})
+                argument = "mode" if isinstance(quantize, str) else "config"
+                model.quantize(**{argument: quantize})
         model._assign(weights, reading)
         if checkpoint.codec is not None:
             model.use_codec(checkpoint.codec)
         return model
 
     def _assign(self, weights, reading):
-        # Nothing is changed if paths or shapes differ.
-        variables = {k: v for k, v in self.variables_by_path().items() if not _is_seed(k)}
-        shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
-        layers = self._quantized_layers()
-        for path, layer in layers.items():
-            shapes = {k: v for k, v in shapes.items() if not k.startswith(f"{path}/quantized/")}
-            shapes[f"{path}/{layer.matrix_name}"] = layer.matrix_shape
+        """Sets all variables to `weights`, or to what `reading` of them gives.
+
+        Nothing is changed if paths or shapes differ.
+        """
+        variables, layers = self.variables_by_path(), self._quantized_layers()
+        shapes = {k: tuple(v.shape) for k, v in variables.items() if not _is_never_trained(k)}
+        shapes |= {f"{k}/{layer.matrix_name}": layer.matrix_shape for k, layer in layers.items()}
         wrong = sorted(set(shapes) ^ set(weights)) + [
             f"{path}: expected {shapes[path]}, found {weights[path].shape}"
             for path in sorted(set(shapes) & set(weights))
@@ -502,7 +503,7 @@ class PaliGemma2(keras.Model):
 
     def _embed(self, inputs, training=None):
         """Image and text tokens float (B, M · P + T, D), and their blocks, positions, validity."""
-        self._check(inputs)
+        self._check_inputs(inputs)
         token_ids = inputs["token_ids"]
         real = inputs.get("padding_mask")
         real = ops.ones_like(token_ids, "bool") if real is None else ops.cast(real, "bool")
@@ -533,7 +534,7 @@ class PaliGemma2(keras.Model):
         )
         return narrow, mask
 
-    def _check(self, inputs):
+    def _check_inputs(self, inputs):
         pictures = "image_tokens" if "image_tokens" in inputs else "images"
         missing = {pictures, "token_ids"} - set(inputs)
         unknown = set(inputs) - {pictures, *_TEXT_INPUTS}
@@ -621,7 +622,8 @@ class PaliGemma2(keras.Model):
             ['2', '0']
             >>> model.generate("cat.jpg", "describe en", sampler=keras_pg2.Sample(0.7), seed=1)
         """
-        sampler, stop = self._check_options(max_new_tokens, sampler, stop, batch_size)
+        _check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        sampler, stop = self._sampler_and_stop(sampler, stop)
         options = (sampler, max_new_tokens, stop)
         examples = _as_examples(images, prompts, responses)
         if isinstance(examples, dict):
@@ -636,14 +638,14 @@ class PaliGemma2(keras.Model):
         rows = list(range(count))
         if count > batch_size:  # a smaller last batch would be compiled anew
             rows += rows[-1:] * (-count % batch_size)
-        batches = [rows[start : start + batch_size] for start in range(0, count, batch_size)]
+        rows_of_batches = [rows[i : i + batch_size] for i in range(0, count, batch_size)]
         seeds, starts = generation.row_seeds(seed, len(rows)), _starts(grammar, count)
 
         def prepare(rows):
             return rows, self._inputs(*([column[row] for row in rows] for column in columns))
 
         results = []
-        for rows, inputs in _backend.prefetch(prepare, [(rows,) for rows in batches]):
+        for rows, inputs in _backend.prefetch(prepare, [(rows,) for rows in rows_of_batches]):
             results += generation.generate_batch(
                 *(self, inputs, *options, [seeds[row] for row in rows]),
                 *(grammar, [starts[row] for row in rows]),
@@ -683,6 +685,9 @@ class PaliGemma2(keras.Model):
         Returns:
             EncodedImage, or list of EncodedImage. All methods take them in place of images.
 
+        Raises:
+            ValueError: if an argument is out of range, or the model has no preprocessor.
+
         Example:
             >>> cat = model.encode("cat.jpg")
             >>> model.caption(cat), model.ocr(cat), model.detect(cat, "cat")
@@ -690,14 +695,14 @@ class PaliGemma2(keras.Model):
         images, *_, is_single = batch_examples(images, "")
         if any(len(row) != 1 for row in images):
             raise ValueError("`images` must be an image or a list of images, not a list of lists.")
-        self._check_options(1, "greedy", (), batch_size)
+        _check_positive(batch_size=batch_size)
         images = [image for (image,) in images]
         program = self.programs.get(self, ("encode",), self.encode_images, in_parts=True)
         load = self._require_preprocessor().load_images
         starts = range(0, len(images), batch_size)
-        batches = [([[image] for image in images[i : i + batch_size]],) for i in starts]
+        parts = [([[image] for image in images[i : i + batch_size]],) for i in starts]
         encoded = []
-        for arrays in _backend.prefetch(load, batches):
+        for arrays in _backend.prefetch(load, parts):
             encoded += list(program(_backend.to_tensors(arrays)))
         results = [EncodedImage(x, *image_size(image)) for x, image in zip(encoded, images)]
         return results[0] if is_single else results
@@ -721,11 +726,15 @@ class PaliGemma2(keras.Model):
             iterator over str for one image and one prompt, else over list of str: what was
             added to each answer.
 
+        Raises:
+            ValueError: as `generate`, or if the model has no preprocessor.
+
         Example:
             >>> for piece in model.stream("cat.jpg", "describe en"):
             ...     print(piece, end="", flush=True)
         """
-        sampler, stop = self._check_options(max_new_tokens, sampler, stop, 1)
+        _check_positive(max_new_tokens=max_new_tokens)
+        sampler, stop = self._sampler_and_stop(sampler, stop)
         if self.preprocessor is None:
             raise ValueError(
                 "`stream` gives text, so the model needs a preprocessor: set `model.preprocessor "
@@ -744,13 +753,11 @@ class PaliGemma2(keras.Model):
 
     def _align(self, inputs):
         inputs = {name: ops.convert_to_numpy(array) for name, array in inputs.items()}
-        self._check(inputs)
+        self._check_inputs(inputs)
         return generation.align_inputs(inputs, self.config.text.vocab_size)
 
-    def _check_options(self, max_new_tokens, sampler, stop, batch_size):
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
+    def _sampler_and_stop(self, sampler, stop):
+        """A sampler, and a tuple of strings, from what `generate` takes."""
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(string, str) and string for string in stop):
             raise ValueError(f"`stop` must be one or more non-empty strings. Received: {stop!r}")
@@ -967,7 +974,7 @@ class PaliGemma2(keras.Model):
             )
         if not all(isinstance(candidate, str) for candidate in candidates):
             raise ValueError(f"`candidates` must be strings. Received: {candidates!r}")
-        self._check_options(1, "greedy", (), batch_size)
+        _check_positive(batch_size=batch_size)
         images, prompts, _, is_single = batch_examples(images, prompts)
         encode = self._require_preprocessor().tokenizer.encode
         suffixes = [[*encode(candidate), EOS_ID] for candidate in candidates]
@@ -982,10 +989,13 @@ class PaliGemma2(keras.Model):
 
     # Not a property: when Keras saves a model, it looks at all of those.
     def get_codec(self):
-        """The SegmentationCodec that makes masks of segment tokens.
+        """The codec that makes masks of segment tokens.
 
         It comes with the checkpoint, or is the official one, downloaded at the first use (8 MB);
         `use_codec` sets another.
+
+        Returns:
+            SegmentationCodec.
 
         Raises:
             OSError: if the official one cannot be downloaded.
@@ -1111,7 +1121,7 @@ class PaliGemma2(keras.Model):
                 x, validation_data = x.split(validation_split, validation_batch_size)
             elif validation_data is not None:
                 validation_data = self._batches(validation_data, None, validation_batch_size)
-            self._prepare("train_function", x)
+            self._retrace_for_shapes("train_function", x)
             callbacks = _with_watch(callbacks, x)
             return super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
         return super().fit(
@@ -1133,13 +1143,16 @@ class PaliGemma2(keras.Model):
 
         Returns:
             list of float, or dict with "loss" and "token_accuracy" if `return_dict`.
+
+        Raises:
+            ValueError: before `compile`, or if there is no data or it has no known form.
         """
         if not self.compiled:
             raise ValueError("Call `compile` before `evaluate`.")
         if self._compile_loss is None:
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
-            self._prepare("test_function", x)
+            self._retrace_for_shapes("test_function", x)
         try:
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)
         finally:  # after an error, too
@@ -1170,8 +1183,8 @@ class PaliGemma2(keras.Model):
         return prepared
 
     def _purge_model_variables(self, **kwargs):
-        # With jax, Keras would take the values from the variables while it trains, to save memory,
-        # which steps give back anyway: they reuse it. An error would lose all weights.
+        # With jax, Keras would take the values from the variables while it trains, and an error
+        # would lose them. It saves no memory: steps reuse that of the values.
         pass
 
     def predict(self, x, batch_size=8, verbose="auto", steps=None, callbacks=None, **options):
@@ -1200,8 +1213,8 @@ class PaliGemma2(keras.Model):
         data = self._batches(x, None, batch_size)
         # One for all batches, so that the answers are those of another batch size.
         options["seed"] = generation.seed_sequence(options.get("seed"))
-        count = data.num_batches if steps is None else steps
-        bar = keras.utils.Progbar(count, verbose=0 if verbose == 0 else 1)
+        num_batches = data.num_batches if steps is None else steps
+        bar = keras.utils.Progbar(num_batches, verbose=0 if verbose == 0 else 1)
         answers = []
         for batch in itertools.islice(data.raw_batches(), steps):
             images, prompts, _ = batches.columns_of(batch)
@@ -1256,7 +1269,7 @@ class PaliGemma2(keras.Model):
         """Makes `generate` and its like compile what they do for each token, by `torch.compile`.
 
         The first answer of each batch size, cache length and sampler then takes half a minute or
-        more longer. On a CPU it needs a C++ compiler. It is no part of what `save` writes. jax and
+        more longer. On a CPU it needs a C++ compiler. `save` does not write this setting. jax and
         tensorflow always compile: there it changes nothing.
 
         Args:
@@ -1285,24 +1298,29 @@ class PaliGemma2(keras.Model):
 
     def _set_trainable(self, pattern, value):
         variables = self.variables_by_path()
-        matching = [k for k in _matching("pattern", pattern, variables) if not _is_never_trained(k)]
-        variables = {path: variables[path] for path in matching}
-        for path, layer in self.lora_layers().items():
-            if layer.is_merged:  # it takes no part
-                variables = {k: v for k, v in variables.items() if f"{path}/lora_" not in k}
-        if not variables:
+        matching = _matching("pattern", pattern, self._trainable_paths())
+        if not matching:
             raise ValueError(
                 "`pattern` must match the path of a weight, such as "
-                f"{list(self.variables_by_path())[:3]}. Received: pattern={pattern!r}"
+                f"{list(variables)[:3]}. Received: pattern={pattern!r}"
             )
         if value and not self.trainable:  # as `model.trainable = False` makes it
             self._unfreeze()
             for variable in self.variables:
                 variable.trainable = False
-        for variable in variables.values():
-            variable.trainable = value
+        for path in matching:
+            variables[path].trainable = value
         self._forget_functions()
         self._report_trainable()
+
+    def _trainable_paths(self):
+        """Paths of the variables that may be trainable; a LoRA that is merged takes no part."""
+        merged = tuple(f"{k}/lora_" for k, layer in self.lora_layers().items() if layer.is_merged)
+        return [
+            path
+            for path in self.variables_by_path()
+            if not path.startswith(merged) and not _is_never_trained(path)
+        ]
 
     def _report_trainable(self):
         count, total = (
@@ -1351,7 +1369,7 @@ class PaliGemma2(keras.Model):
             x, self.preprocessor, self.config.text.vocab_size, batch_size, shuffle
         )
 
-    def _prepare(self, function, data):
+    def _retrace_for_shapes(self, function, data):
         """Has TensorFlow trace a function anew for other shapes: Keras leaves lengths unknown."""
         if _backend.BACKEND == "tensorflow" and data.shapes != getattr(self, f"_{function}_of", ()):
             setattr(self, f"_{function}_of", data.shapes)
@@ -1553,6 +1571,7 @@ class PaliGemma2(keras.Model):
                 "`filters` must match a layer that is not quantized yet, as "
                 f"{list(layers)[:3]}. Received: filters={filters!r}"
             )
+        # `config` is there even for a mode alone: Keras wraps this method.
         group_size_of(mode, config)  # raises before anything is changed
         for path in matching:  # all, before one is changed
             layers[path].check_quantizable()
@@ -1591,8 +1610,10 @@ class PaliGemma2(keras.Model):
         _backend.track_variables(self)
 
     def _forget_functions(self):
-        """Has Keras make its own anew. With jax they know variables by their places in two lists,
-        of the trainable ones and of the others."""
+        """Has Keras make its own functions, of `fit` and the like, anew.
+
+        With jax they know variables by their places in two lists, of trainable ones and others.
+        """
         self.train_function = self.test_function = self.predict_function = None
 
     # Saving, as Keras asks for it
@@ -1612,12 +1633,9 @@ class PaliGemma2(keras.Model):
                 path: {"mode": layer.quantized.mode, "group_size": layer.quantized.group_size}
                 for path, layer in layers.items()
             }
-        # A merged LoRA is saved as it was before, and then it was trained.
-        merged = tuple(f"{k}/lora_" for k, layer in self.lora_layers().items() if layer.is_merged)
-        frozen = [path for path, v in self.variables_by_path().items() if not v.trainable]
-        config["frozen"] = [
-            path for path in frozen if not path.startswith(merged) and not _is_never_trained(path)
-        ]
+        # A merged LoRA is saved as it was before it was merged: trainable.
+        variables = self.variables_by_path()
+        config["frozen"] = [k for k in self._trainable_paths() if not variables[k].trainable]
         config["remat"] = [name for name in ("vision", "text") if getattr(self, name).use_remat]
         return config
 
@@ -1677,7 +1695,7 @@ class PaliGemma2(keras.Model):
 
 
 class _Holder:
-    """Keeps a model from Keras, which would take its weights for those of the model around it."""
+    """Hides a model from Keras, which would count its weights among those of its owner."""
 
     value = None
 
@@ -1688,7 +1706,7 @@ def _official_codec():
 
 
 def _is_raw(data):
-    """Whether `predict` answers it, and Keras does not read it."""
+    """Whether data is pictures and texts, which `predict` answers; Keras reads all else."""
     return batches.is_readable(data) and not (isinstance(data, dict) and "token_ids" in data)
 
 
@@ -1710,13 +1728,9 @@ def _matching(argument, patterns, paths):
     return [path for path in paths if any(pattern.search(path) for pattern in patterns)]
 
 
-def _is_seed(path):
-    return path.endswith("/seed_generator_state")
-
-
 def _is_never_trained(path):
     """Whether a variable holds integers, scales or a random state."""
-    return "/quantized/" in path or _is_seed(path)
+    return "/quantized/" in path or path.endswith("/seed_generator_state")
 
 
 def _is_extra(path):
@@ -1777,7 +1791,7 @@ def _check_arguments(config, preprocessor, dtype_policy):
 
 
 def _with_watch(callbacks, data):
-    """The callbacks with the watch in front, so that nobody saves weights that are damaged."""
+    """The callbacks after a `_Watch`, which stops before others save damaged weights."""
     if isinstance(callbacks, keras.callbacks.Callback):
         callbacks = [callbacks]
     return [_Watch(data), *(callbacks or [])]
@@ -1814,6 +1828,12 @@ def _read(weights, dtypes, quantized=()):
 def _each(prompt, texts, lang):
     """A prompt for a text, or prompts for several."""
     return prompt(texts, lang) if isinstance(texts, str) else [prompt(x, lang) for x in texts]
+
+
+def _check_positive(**options):
+    for name, value in options.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
 
 
 def _starts(grammar, count):

@@ -82,12 +82,15 @@ class Preprocessor:
     # Pictures
 
     def load_image(self, image):
-        """One picture to float32 (I, I, 3) in [-1, 1].
+        """One picture to levels in [-1, 1].
 
         Args:
             image: a path; a PIL image of any mode (EXIF orientation is applied, alpha dropped,
                 mode "F" read as levels in [0, 255]); or an array (H, W), (H, W, 1), (H, W, 3)
                 or (H, W, 4) of uint8 in [0, 255] or float in [0, 1].
+
+        Returns:
+            float32 NumPy array (I, I, 3).
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -168,19 +171,14 @@ class Preprocessor:
             dict of "images" float32 (B, M, I, I, 3), "token_ids" int32 (B, T),
             "padding_mask" bool (B, T) and "suffix_mask" bool (B, T).
         """
-        if isinstance(prompts, str) or len(images) != len(prompts):
-            _refuse_counts(images, prompts)
+        _check_counts(images, prompts)
         texts = self.texts_for_generation(prompts, responses)
         return {"images": self.load_images(images), **texts}
 
     def texts_for_generation(self, prompts, responses=None):
         """What `for_generation` returns, without the pictures."""
-        return align_right(
-            [
-                self.tokenize(prompt, response)
-                for prompt, response in zip(prompts, responses or [""] * len(prompts), strict=True)
-            ]
-        )
+        pairs = zip(prompts, responses or [""] * len(prompts), strict=True)
+        return align_right([self.tokenize(prompt, response) for prompt, response in pairs])
 
     def for_training(self, images, prompts, responses):
         """A batch to learn, padded on the right to `sequence_length`.
@@ -199,36 +197,25 @@ class Preprocessor:
                 tokens, else 0. With `reduction="mean_with_sample_weight"` the loss is the
                 mean over examples of the mean over their suffix tokens, as in big_vision.
         """
-        if isinstance(prompts, str) or len(images) != len(prompts):
-            _refuse_counts(images, prompts)
+        _check_counts(images, prompts)
         length = self.sequence_length
-        shape = (len(prompts), length)
-        token_ids = np.full(shape, PAD_ID, "int32")
-        padding_mask, suffix_mask = np.zeros(shape, bool), np.zeros(shape, bool)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            ids, suffix = self.tokenize(prompt, response, end=True)
-            count = min(len(ids), length)
-            token_ids[row, :count] = ids[:count]
-            padding_mask[row, :count] = True
-            suffix_mask[row, :count] = suffix[:count]
-        x = {
-            "images": self.load_images(images),
-            "token_ids": token_ids,
-            "padding_mask": padding_mask,
-            "suffix_mask": suffix_mask,
-        }
-        y = np.roll(token_ids, -1, axis=1)
+        pairs = zip(prompts, responses, strict=True)
+        texts = [self.tokenize(prompt, response, end=True) for prompt, response in pairs]
+        texts = [(ids[:length], suffix[:length]) for ids, suffix in texts]
+        x = {"images": self.load_images(images), **_text_arrays(texts, length, padding_first=False)}
+        y = np.roll(x["token_ids"], -1, axis=1)
         y[:, -1] = PAD_ID
-        weight = np.roll(suffix_mask, -1, axis=1).astype("float32")
+        weight = np.roll(x["suffix_mask"], -1, axis=1).astype("float32")
         weight[:, -1] = 0
         return x, y, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
 
 
-def _refuse_counts(images, prompts):
-    raise ValueError(
-        "`images` and `prompts` must be lists of one length, an item for each example. "
-        f"Received: {len(images)} examples of images, prompts={prompts!r:.80}"
-    )
+def _check_counts(images, prompts):
+    if isinstance(prompts, str) or len(images) != len(prompts):
+        raise ValueError(
+            "`images` and `prompts` must be lists of one length, an item for each example. "
+            f"Received: {len(images)} examples of images, prompts={prompts!r:.80}"
+        )
 
 
 def _num_cores():
@@ -236,25 +223,25 @@ def _num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def align_right(texts, length=0):
+def align_right(texts):
     """Ragged texts to arrays, padding first, so that all rows end in the last column.
 
     Args:
         texts: list of `(token_ids, suffix_mask)`, each a sequence of one length.
-        length: int, least number of columns.
 
     Returns:
         dict of "token_ids" int32, "padding_mask" and "suffix_mask" bool, each (B, T).
     """
-    length = max(length, *(len(ids) for ids, _ in texts))
+    return _text_arrays(texts, max(len(ids) for ids, _ in texts), padding_first=True)
+
+
+def _text_arrays(texts, length, padding_first):
     shape = (len(texts), length)
     token_ids = np.full(shape, PAD_ID, "int32")
     padding_mask, suffix_mask = np.zeros(shape, bool), np.zeros(shape, bool)
     for row, (ids, suffix) in enumerate(texts):
-        start = length - len(ids)
-        token_ids[row, start:] = ids
-        padding_mask[row, start:] = True
-        suffix_mask[row, start:] = suffix
+        place = np.s_[row, length - len(ids) :] if padding_first else np.s_[row, : len(ids)]
+        token_ids[place], padding_mask[place], suffix_mask[place] = ids, True, suffix
     return {"token_ids": token_ids, "padding_mask": padding_mask, "suffix_mask": suffix_mask}
 
 
@@ -317,10 +304,17 @@ def _to_numpy(array):
 
 
 def image_size(image):
-    """(width, height) in pixels of a picture as it is seen, without reading its pixels.
+    """Size of a picture as it is seen, without reading its pixels.
 
     Args:
         image: see `Preprocessor.load_image`; or anything with `width` and `height`.
+
+    Returns:
+        (width, height), int, in pixels.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no picture.
     """
     if isinstance(image, (str, os.PathLike)):
         with _opened(image) as opened:

@@ -20,7 +20,7 @@ from keras_pg2 import _backend
 
 GROUP_SIZES = (32, 64, 128, 256)
 _ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
-_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # elements in the clear at a time
+_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # decoded elements in memory at a time
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
 _MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
@@ -84,7 +84,7 @@ class QuantizedMatrix(keras.layers.Layer):
 
     @functools.cached_property
     def _tile(self):
-        """See `_backend.int4_tile`. Zeros, which the codes are first, lie alike in any layout."""
+        """See `_backend.int4_tile`. Codes begin as zeros, which are the same in any layout."""
         return _backend.int4_tile(self.codes.value) if self.mode == "int4" else None
 
     def build(self, input_shape=None):
@@ -132,9 +132,9 @@ class QuantizedMatrix(keras.layers.Layer):
         if not _backend.needs_gradients():
             return self._multiply(x, self.codes.value, self.scales.value, in_float32)
 
-        @ops.custom_gradient  # keeps codes for the gradient, not the matrix in the clear
+        @ops.custom_gradient  # keeps codes for the gradient, not the decoded matrix
         def product(x, codes, scales):
-            def gradient(*args, upstream=None):
+            def gradient(*args, upstream=None):  # Keras passes it by its name on torch alone
                 upstream = ops.cast(args[0] if upstream is None else upstream, x.dtype)
                 return self._multiply_back(upstream, codes, scales), None, None
 
@@ -173,7 +173,7 @@ class QuantizedMatrix(keras.layers.Layer):
         self.assign(np.array(store["codes"]), np.array(store["scales"]).astype("bfloat16"))
 
     def _multiply(self, x, codes, scales, in_float32):
-        """By torch's own product, or decoded with torch; else as compilers decode fastest."""
+        """torch's own product, if it has one; else one by which the backend decodes fastest."""
         if self.mode == "int8":
             rounded = _backend.int8_product(x, codes, scales)
         else:
@@ -183,13 +183,11 @@ class QuantizedMatrix(keras.layers.Layer):
             return _backend.refined(rounded, x, self.take) if in_float32 else rounded
         if not _backend.IS_COMPILED:
             return self._multiply_decoded(x, codes, scales, in_float32)
-        options = {"in_float32": in_float32}
-        is_int4 = self.mode == "int4"
-        multiply = self._multiply_halves if is_int4 else self._multiply_decoded
-        multiply = functools.partial(multiply, **options)
+        multiply = self._multiply_int4 if self.mode == "int4" else self._multiply_decoded
+        multiply = functools.partial(multiply, in_float32=in_float32)
         if None in x.shape:
             return multiply(x, codes, scales)
-        on_cpu = functools.partial(self._multiply_on_cpu, **options)
+        on_cpu = functools.partial(self._multiply_on_cpu, in_float32=in_float32)
         return _backend.where_xla_is_on_cpu(on_cpu, multiply, x, codes, scales)
 
     def _multiply_decoded(self, x, codes, scales, in_float32):
@@ -200,13 +198,14 @@ class QuantizedMatrix(keras.layers.Layer):
             outputs.append(output if scale is None else _times(output, scale, output.dtype))
         return ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
 
-    def _multiply_halves(self, x, codes, scales, in_float32):
-        """The product with int4; a compiler decodes as it multiplies."""
+    def _multiply_int4(self, x, codes, scales, in_float32):
+        """The product half by half; a compiler decodes as it multiplies."""
         inputs = ops.reshape(self._padded(x), (-1, 2 * codes.shape[0], codes.shape[2]))
-        outputs = [
-            self._multiply_by_halves(inputs, codes[:, part], scales[:, part])
-            for part in self._row_slices(x)
-        ]
+        outputs = []
+        for part in self._row_slices(x):
+            halves = self._halves(codes[:, part], scales[:, part], inputs.dtype)
+            pairs = zip(ops.split(inputs, 2, axis=1), halves)
+            outputs.append(sum(_backend.einsum_float32("bhg,hrg->br", *pair) for pair in pairs))
         outputs = ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
         outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
         return ops.reshape(outputs[:, : self.num_rows], (*ops.shape(x)[:-1], self.num_rows))
@@ -215,7 +214,8 @@ class QuantizedMatrix(keras.layers.Layer):
         """The product as XLA for CPUs compiles it well: it decodes most matrices into memory."""
         inputs = ops.cast(ops.reshape(x, (-1, self.num_columns)), "float32")
         num_inputs, is_few = inputs.shape[0], _backend.has_few_rows(x)
-        num_rows = scales.shape[1 if self.mode == "int4" else 0]
+        axis = 1 if self.mode == "int4" else 0
+        num_rows = scales.shape[axis]
         max_length = max(1, _MAX_DECODED_ON_CPU[is_few] // self.num_columns)
         length = _backend.equal_part(num_rows, max_length)
         multiply = self._multiply_part
@@ -229,7 +229,7 @@ class QuantizedMatrix(keras.layers.Layer):
 
         def step(index, outputs):
             start = index * length
-            rows = self._rows(codes, start, length), self._rows(scales, start, length)
+            rows = (_backend.read(array, start, length, axis) for array in (codes, scales))
             return _backend.write(outputs, multiply(inputs, *rows), start)
 
         if length == num_rows:
@@ -242,13 +242,6 @@ class QuantizedMatrix(keras.layers.Layer):
             outputs = ops.sum(ops.reshape(outputs, (-1, num_inputs, num_rows)), axis=0)
         outputs = ops.cast(outputs[:, : self.num_rows], "float32" if in_float32 else x.dtype)
         return ops.reshape(outputs, (*x.shape[:-1], self.num_rows))
-
-    def _rows(self, array, start, length):
-        """Some rows of codes or scales."""
-        axis = 1 if self.mode == "int4" else 0
-        shape = list(array.shape)
-        starts, shape[axis] = [start if i == axis else 0 for i in range(len(shape))], length
-        return ops.slice(array, starts, shape)
 
     def _multiply_part(self, inputs, codes, scales):
         """float32 (b, r) of inputs float32 (b, C) and rows of codes, decoded before."""
@@ -276,14 +269,6 @@ class QuantizedMatrix(keras.layers.Layer):
         scale, offset = ops.unstack(ops.cast(scales, "float32"), axis=-1)
         products = ops.sum(ops.concatenate(products) * scale[:, None], axis=0)
         return products + ops.matmul(ops.sum(inputs, axis=-1), offset - 8 * scale)
-
-    def _multiply_by_halves(self, inputs, codes, scales):
-        """float32 (b, r) of float (b, groups, G) and rows of codes, decoded before."""
-        halves = self._halves(codes, scales, inputs.dtype)
-        return sum(
-            _backend.einsum_float32("bhg,hrg->br", half, values)
-            for half, values in zip(ops.split(inputs, 2, axis=1), halves)
-        )
 
     def _halves(self, codes, scales, dtype):
         """What bytes (groups / 2, r, G) stand for: first and second half of the groups."""
@@ -323,7 +308,7 @@ class QuantizedMatrix(keras.layers.Layer):
                 yield ops.cast(codes[part], dtype), scales[part]
 
     def _row_slices(self, x=None):
-        """Slices of the rows of `codes`, each of what may be in the clear at a time."""
+        """Slices of the rows of `codes`, each of what may be decoded at a time."""
         num_rows = self.scales.shape[1 if self.mode == "int4" else 0]
         if _backend.IS_COMPILED and x is not None and _backend.has_few_rows(x):
             return [slice(0, num_rows)]  # decoded inside the product; slices would be copied
@@ -366,8 +351,8 @@ class Quantizable:
         quantized: QuantizedMatrix, or None before.
     """
 
-    matrix_name = None  # name of the variable; with an underscore it is the attribute's
-    _is_transposed = False  # whether its rows are inputs
+    matrix_name = None  # of the variable; the attribute has an underscore before it
+    _is_transposed = False  # whether the rows of the variable are inputs
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -426,7 +411,7 @@ class Quantizable:
 
 
 def _after(x, scales):
-    """The scales, but XLA cannot know them, and so decode a matrix, before it has computed `x`."""
+    """The scales, unknown to XLA before it has computed `x`, so that it decodes no matrix yet."""
     # A product, which is computed by itself; all else would be computed for each weight again.
     first = x[:1]
     square = ops.einsum("bi,bi->", first, first)

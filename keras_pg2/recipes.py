@@ -64,7 +64,7 @@ class Recipe:
     def schedule(self, num_examples, batch_size=None, epochs=None, accumulate=1):
         """Linear warm-up from 0 over 5 % of the training, then a cosine down to 0.
 
-        It counts as Keras does, batches of `fit`: those of an epoch are all, the last one smaller.
+        It counts batches of `fit`, as Keras does; an epoch includes its smaller last batch.
 
         Args:
             num_examples, batch_size, epochs, accumulate: see `optimizer`.
@@ -175,7 +175,8 @@ def get(name, image_size=224):
     Args:
         name: str, one of `RECIPES`, such as "vqav2"; "default", which is close to the best on most
             tasks; "forkme", big_vision's for few pictures; "lora" and "few_shot".
-        image_size: int, in pixels. Between the sizes of a task, its next smaller one counts.
+        image_size: int, in pixels. Where the task lacks it, its next smaller size is taken, or
+            its smallest.
 
     Returns:
         Recipe.

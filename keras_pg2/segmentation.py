@@ -663,7 +663,7 @@ def encode_detection(boxes, labels, height, width):
         str, "" without boxes.
 
     Raises:
-        ValueError: if the numbers differ, a box is outside of the image or empty, be it in
+        ValueError: if the numbers differ, a box is outside of the image, or empty itself or in
             location tokens, or a label is no string or contains ";", which separates objects.
 
     Example:
@@ -690,7 +690,8 @@ def encode_segmentation(codec, masks, labels, boxes=None):
 
     Raises:
         ValueError: if the numbers differ, masks are not bool, a mask is empty, a box is outside of
-            the image or empty, be it in location tokens, or a label is no string or contains ";".
+            the image, or empty itself or in location tokens, or a label is no string or contains
+            ";".
     """
     is_single = not len(labels) or isinstance(labels[0], str)
     if is_single:

@@ -74,7 +74,7 @@ class SiglipMLP(DirectCall, layers.Layer):
         self.down.build((*input_shape[:-1], self.config.mlp_dim))
 
     def call(self, x):
-        x = ops.cast(x, activation_dtype(self.compute_dtype))  # that of each chunk's result
+        x = ops.cast(x, activation_dtype(self.compute_dtype))  # of the results, for `in_chunks`
         return _backend.in_chunks(self._multiply, [x], _backend.MAX_TOKENS)
 
     def _multiply(self, x):
@@ -92,6 +92,7 @@ class SiglipBlock(DirectCall, layers.Layer):
 
     Call arguments:
         x: float (B, P, D).
+        training: bool, which Keras hands on to the layers inside, for the dropout of LoRA.
 
     Returns:
         float (B, P, D).
@@ -112,7 +113,7 @@ class SiglipBlock(DirectCall, layers.Layer):
             layer.build(input_shape)
 
     def call(self, x, training=None):
-        # `ops.add`: a DTypePolicyMap may give different dtypes.
+        # Not `+`: a DTypePolicyMap may give different dtypes.
         x = ops.add(x, self.attention(_backend.recomputed(self.pre_attention_norm)(x)))
         return ops.add(x, self.mlp(_backend.recomputed(self.pre_mlp_norm)(x)))
 

@@ -16,7 +16,7 @@ from keras_pg2.generation import Grammar
 from keras_pg2.segmentation import GRID_SIZE, location_tokens, mask_from_codes
 from keras_pg2.tokenizer import EOS_ID, NUM_LOCATIONS, NUM_SEGMENTS
 
-_logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 CAPTION_STYLES = {"short": "cap", "coco": "caption", "detailed": "describe"}
 NUM_CODES = GRID_SIZE**2
 MAX_OBJECT_TOKENS = 256  # about 35 boxes, or 10 masks
@@ -214,6 +214,9 @@ class Detections(collections.abc.Sequence):
             names: list of str or None, all labels, whose places are the numbers of the classes.
                 None for those of this picture alone, in alphabetical order.
 
+        Returns:
+            supervision.Detections.
+
         Raises:
             ImportError: if supervision is missing.
             ValueError: if `names` lacks a label.
@@ -260,7 +263,7 @@ def _compressed(counts):
 
 
 def parse_detections(text, width, height, codec=None):
-    """The objects in an answer to `detect` or `segment`, be it malformed.
+    """The objects in an answer to `detect` or `segment`, which may be malformed.
 
     An object is four location tokens with a box that is not empty. All else is left out; nothing
     is made up: without a label the label is "", without exactly 16 segment tokens there is no
@@ -341,7 +344,7 @@ def read_detections(generation, tokenizer, things, width, height, codec=None):
         if last.label in things and (codec is None or last.mask is not None):
             return found
         found = dataclasses.replace(found, items=found.items[:-1])
-    _logger.warning("An answer was cut off by `max_new_tokens`: %r", found.text)
+    _LOG.warning("An answer was cut off by `max_new_tokens`: %r", found.text)
     return found
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints of other libraries: names, reading, presets."""
+"""Checkpoints, ours and those of other libraries: names, reading, writing, presets, adapters."""

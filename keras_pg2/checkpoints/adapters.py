@@ -26,7 +26,7 @@ from keras_pg2.linear import LoraOptions
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# What we compute, and other ways of saying it. All else is refused.
+# Of each field the value that we implement, then those that mean the same. All else is refused.
 _SUPPORTED = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -163,10 +163,9 @@ def _module_name(spec):
 
 def _lora_specs(kernel, rank):
     """TensorSpecs of A and B, R being the rank."""
-    source, ours = kernel.layout.split(" -> ")
-    _, outputs = re.findall(r"\(.*?\)|\w", ours)
+    source, (_, outputs) = kernel.axes
     # The patch embedding is a convolution there, and B one over single pixels.
-    ones = " 1" * (len(re.findall(r"\(.*?\)|\w", source)) - 2)
+    ones = " 1" * (len(source) - 2)
     layouts = {
         "A": kernel.layout.replace(outputs, "R"),
         "B": f"{outputs} R{ones} -> R {outputs}",

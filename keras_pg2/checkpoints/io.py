@@ -335,7 +335,7 @@ def to_ours(tensors, format, config):
         def read():
             array = tensors[spec.name].read(spec.index)
             if spec.path == _EMBEDDING:
-                array = array[: config.text.vocab_size]  # Hugging Face pads the vocabulary
+                array = array[: config.text.vocab_size]  # without Hugging Face's padding
             return spec.to_ours(array)
 
         return LazyTensor(spec.shape, tensors[spec.name].dtype, read)
@@ -428,7 +428,7 @@ def resize_positions(weights, config, image_size):
 
 
 def _warn_of_changed_ends(tensors, config):
-    """Of what somebody changed at the input and output, and we do not take over."""
+    """Warns of added tokens, and of a head that is not tied: neither is read."""
     embedding = tensors[names.HUGGING_FACE_EMBEDDING]
     added = embedding.shape[0] - config.text.vocab_size - HUGGING_FACE_FILLER_ROWS
     if added > 0:
@@ -459,9 +459,10 @@ def _check_names(specs, tensors, format):
         if name not in tensors:
             continue
         expected, found = names.stacked_shape(group), tensors[name].shape
-        is_padded = group[0].path == _EMBEDDING and format == "hf"
-        fits = found[1:] == expected[1:] and found[0] >= expected[0] if is_padded else False
-        if found != expected and not fits:
+        fits = found == expected
+        if format == "hf" and group[0].path == _EMBEDDING:  # Hugging Face pads the vocabulary
+            fits = found[1:] == expected[1:] and found[0] >= expected[0]
+        if not fits:
             wrong.append(f"{name}: expected {expected}, found {found}")
         if tensors[name].dtype not in _SAFETENSORS_DTYPES.values():
             wrong.append(f"{name}: expected floats, found {tensors[name].dtype}")
@@ -492,8 +493,8 @@ def replace_when_done(path, overwrite=False, num_bytes=0, is_folder=False):
         path: str, a file or folder to be.
         overwrite: bool, whether something may be there already.
         num_bytes: int, room on the disk that is needed.
-        is_folder: bool, whether it will be a folder, which takes the place of no file, nor a file
-            that of a folder.
+        is_folder: bool, whether it will be a folder. A folder never replaces a file, nor a file a
+            folder.
 
     Yields:
         str, a path in a new temporary folder on the same disk.

@@ -11,6 +11,7 @@ Sources: transformers 5.23 `models/paligemma`; big_vision `models/ppp/gemma.py` 
 """
 
 import dataclasses
+import math
 import re
 
 # Hugging Face safetensors, with the names of the published repositories. `HUGGING_FACE_RENAMES`
@@ -234,38 +235,36 @@ class TensorSpec:
     layout: str
     sizes: dict = dataclasses.field(hash=False)
 
-    def _axes(self):
+    @property
+    def axes(self):
+        """Axes of the source and axes of ours, two lists of str, such as "D" or "(N H)"."""
         source, ours = self.layout.split(" -> ")
         return re.findall(r"\(.*?\)|\w", source), re.findall(r"\(.*?\)|\w", ours)
 
     def _shape(self, axes):
         sizes = {"1": 1, **self.sizes}
-        shape = []
-        for axis in axes:
-            size = 1
-            for letter in re.findall(r"\w", axis):
-                size *= sizes[letter]
-            shape.append(size)
-        return tuple(shape)
+        return tuple(
+            math.prod(sizes[letter] for letter in re.findall(r"\w", axis)) for axis in axes
+        )
 
     @property
     def source_shape(self):
         """Shape of the slice in the source."""
-        return self._shape(self._axes()[0])
+        return self._shape(self.axes[0])
 
     @property
     def shape(self):
         """Shape of the variable."""
-        return self._shape(self._axes()[1])
+        return self._shape(self.axes[1])
 
     def to_ours(self, array):
         """The slice of the source, as an array of the variable's shape."""
-        source, ours = self._axes()
+        source, ours = self.axes
         return self._rearrange(array, source, ours)
 
     def to_source(self, array):
         """The inverse of `to_ours`."""
-        source, ours = self._axes()
+        source, ours = self.axes
         return self._rearrange(array, ours, source)
 
     def _rearrange(self, array, old, new):

@@ -486,12 +486,14 @@ def _keras_hub_json(config, dtype):
     }
 
 
-def _keras_json(module, class_name, config, registered_name=None):
+def _keras_json(module, class_name, config):
+    """An object of keras or keras_hub, as `keras.saving` serializes it."""
+    is_of_hub = module.startswith("keras_hub.")
     return {
         "module": module,
         "class_name": class_name,
         "config": config,
-        "registered_name": registered_name,
+        "registered_name": f"keras_hub>{class_name}" if is_of_hub else None,
     }
 
 
@@ -713,10 +715,7 @@ def _hugging_face_files(config, dtype, preprocessor):
 def _keras_hub_files(config, dtype, preprocessor, weights):
     hub = "keras_hub.src.models.pali_gemma."
     backbone = _keras_json(
-        f"{hub}pali_gemma_backbone",
-        "PaliGemmaBackbone",
-        _keras_hub_json(config, dtype),
-        "keras_hub>PaliGemmaBackbone",
+        f"{hub}pali_gemma_backbone", "PaliGemmaBackbone", _keras_hub_json(config, dtype)
     )
     count = sum(math.prod(tensor.shape) for tensor in weights.values())
     files = {
@@ -744,7 +743,6 @@ def _keras_hub_files(config, dtype, preprocessor, weights):
             "add_bos": False,
             "add_eos": False,
         },
-        "keras_hub>PaliGemmaTokenizer",
     )
     size = config.vision.image_size
     image_converter = _keras_json(
@@ -761,9 +759,8 @@ def _keras_hub_files(config, dtype, preprocessor, weights):
             "antialias": True,
             "crop_to_aspect_ratio": False,
         },
-        "keras_hub>PaliGemmaImageConverter",
     )
-    converter = _keras_json(
+    task_preprocessor = _keras_json(
         f"{hub}pali_gemma_causal_lm_preprocessor",
         "PaliGemmaCausalLMPreprocessor",
         {
@@ -776,16 +773,13 @@ def _keras_hub_files(config, dtype, preprocessor, weights):
             "add_start_token": True,
             "add_end_token": True,
         },
-        "keras_hub>PaliGemmaCausalLMPreprocessor",
     )
-    task = {"backbone": backbone, "preprocessor": converter, "name": "pali_gemma_causal_lm"}
+    task = {"backbone": backbone, "preprocessor": task_preprocessor, "name": "pali_gemma_causal_lm"}
     return files | {
         "tokenizer.json": tokenizer,
         "image_converter.json": image_converter,
-        "preprocessor.json": converter,
-        "task.json": _keras_json(
-            f"{hub}pali_gemma_causal_lm", "PaliGemmaCausalLM", task, "keras_hub>PaliGemmaCausalLM"
-        ),
+        "preprocessor.json": task_preprocessor,
+        "task.json": _keras_json(f"{hub}pali_gemma_causal_lm", "PaliGemmaCausalLM", task),
         os.path.join("assets", "tokenizer", "vocabulary.spm"): (
             preprocessor.tokenizer.model_with_extra_tokens
         ),
