@@ -1064,7 +1064,7 @@ def int4_product(x, codes, scales, tile):
     """
     if tile is None or not _has_torch_product(x):
         return None
-    rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]), codes.shape
+    rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]).contiguous(), codes.shape
     codes = codes.view(num_rows, -1)
     products = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, scales)
     return products.view(*x.shape[:-1], -1)

@@ -294,6 +294,24 @@ def test_loading_is_like_quantizing_later(scheme, inputs, tmp_path):
     assert restored.text.blocks[0].mlp.up.quantized.group_size == (None if scheme == "int8" else 32)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4/32"])
+def test_a_batch_answers_as_its_pictures_alone(scheme):
+    """The widths are whole pairs of groups of 32, as those of the published models of 128."""
+    options = SCHEMES[scheme]
+    model = keras_pg2.PaliGemma2.from_preset(
+        TINY,
+        dtype="bfloat16" if _backend.BACKEND == "torch" else "float32",
+        quantize=options.get("config", options.get("mode")),
+    )
+    images = list(keras_pg2.tiny.SAMPLES.values())
+    alone = [model.generate(image, "caption en", details=True) for image in images]
+    for count in (2, 5):
+        batch = model.generate(images[:count], "caption en", details=True)
+        for answer, expected in zip(batch, alone):
+            assert answer.text == expected.text
+            np.testing.assert_allclose(answer.log_probs, expected.log_probs, atol=0.05)
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_clone_and_weights(mode, inputs):
     """Keras' own copies."""
