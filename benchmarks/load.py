@@ -172,6 +172,8 @@ def main():
             measure(options.measure, options.folder)
         return
     if options.quantize:
+        if options.folder or options.peers:
+            parser.error("--quantize writes a checkpoint of its own, without peers, and runs once")
         compare_quantized(options)
         return
     with tempfile.TemporaryDirectory() as temporary:

@@ -7,8 +7,10 @@ to 1; the last one is the size of the weights.
 """
 
 import argparse
+import math
 
 import keras
+import numpy as np
 import tqdm
 
 import keras_pg2
@@ -29,7 +31,7 @@ WAYS = {
 
 def megabytes(model):
     """Of the weights."""
-    return sum(variable.value.nbytes for variable in model.variables) / 1e6
+    return sum(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.variables) / 1e6
 
 
 def main():

@@ -775,7 +775,7 @@ def matmul_transposed_float32(x, matrix):
     """
     is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
     if is_float32 and in_program() and has_few_rows(x) and math.prod(x.shape[:-1]) > 1:
-        return where_xla_is_on_cpu(_logits_of_few, _logits, x, matrix)
+        return by_platform({"cpu": _logits_of_few}, _logits, x, matrix)
     return _logits(x, matrix)
 
 
@@ -1081,12 +1081,18 @@ def has_few_rows(x):
     return None not in x.shape and math.prod(x.shape[:-1]) <= _MAX_FEW_ROWS
 
 
-def where_xla_is_on_cpu(on_cpu, otherwise, *args):
-    """Calls `on_cpu(*args)` where XLA compiles for a CPU, else `otherwise(*args)`."""
+def by_platform(functions, default, *args):
+    """Calls the function of the platform for which XLA compiles.
+
+    Args:
+        functions: dict of "cpu" or, for jax alone, "tpu" to callables.
+        default: callable, for all other platforms, and with torch.
+        *args: tensors, what it is called with.
+    """
     if BACKEND == "jax":
-        return jax.lax.platform_dependent(*args, cpu=on_cpu, default=otherwise)
+        return jax.lax.platform_dependent(*args, **functions, default=default)
     is_on_cpu = BACKEND == "tensorflow" and _is_tf_on_cpu()
-    return (on_cpu if is_on_cpu else otherwise)(*args)
+    return (functions["cpu"] if is_on_cpu else default)(*args)
 
 
 def int4_tile(codes):
@@ -1196,7 +1202,13 @@ def take_int4(codes, rows, tile):
     """
     shape = (*rows.shape, -1)
     if tile is None:
-        return ops.reshape(unpack_int4(ops.take(codes, ops.reshape(rows, -1), axis=1)), shape)
+        rows = ops.reshape(rows, -1)
+        if BACKEND == "jax":  # group by group: else a TPU's compiler copies all codes
+            places = jnp.broadcast_to(rows[:, None], (codes.shape[0], *rows.shape, 1))
+            found = jnp.take_along_axis(codes, places, axis=1)
+        else:
+            found = ops.take(codes, rows, axis=1)
+        return ops.reshape(unpack_int4(found), shape)
     num_columns = 2 * codes.shape[0] * codes.shape[2]
     tiles = codes.view(-1, num_columns, tile // 2)
     row = rows % tile

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+import sys
 
 import keras
 import numpy as np
@@ -70,20 +71,23 @@ class Batches(data_adapter.DataAdapter):
         self.epoch = 0
         self._vocab_size = vocab_size
         self._shuffle = shuffle
+        self._seed = rng_utils.get_random_seed() or 0  # here, since Keras has one for each thread
         self._num_cut = self._num_seen = 0
         self._has_warned = False
         self._data = _Columns(data) if isinstance(data, dict) else data
         length = _length(self._data)
         is_indexed = length is not None and hasattr(self._data, "__getitem__")
-        iterator = None if is_indexed else iter(self._data)
-        try:
-            self._first = _unwrap(self._data[0] if is_indexed else next(iterator))
-        except (IndexError, StopIteration):
-            raise ValueError(f"The data is empty. Expected {_FORMS}.") from None
-        self._is_generator = iterator is self._data and iterator is not None
+        iterator = map(self._data.__getitem__, range(length)) if is_indexed else iter(self._data)
+        first = next(iterator, self)
+        if first is self:
+            raise ValueError(f"The data is empty. Expected {_FORMS}.")
+        self._first = _unwrap(first)
+        # For the first pass: some iterables go on where they stopped.
+        self._rest = itertools.chain([self._first], iterator)
+        self._is_generator = iterator is self._data
         self._is_used_up = False
         if self._is_generator:
-            self._data = itertools.chain([self._first], iterator)
+            self._data = self._rest
         self._in_batches = _is_batch(self._first)
         self._is_sequence = is_indexed and not self._in_batches
         self._batch_size = _batch_length(self._first) if self._in_batches else int(batch_size)
@@ -122,15 +126,14 @@ class Batches(data_adapter.DataAdapter):
         if self._is_sequence:
             order = np.arange(len(self._data))
             if self._shuffle:
-                seed = rng_utils.get_random_seed() or 0
-                np.random.default_rng((seed, self.epoch)).shuffle(order)
-            items = (self._data[int(index)] for index in order)
+                np.random.default_rng((self._seed, self.epoch)).shuffle(order)
+            items = (_unwrap(self._data[int(index)]) for index in order)
         elif isinstance(self._data, keras.utils.PyDataset):
             is_endless = self._num_batches is None
             indices = itertools.count() if is_endless else range(self._num_batches)
             items = (_unwrap(self._data[index]) for index in indices)
         else:
-            items = map(_unwrap, self._data)
+            items, self._rest = map(_unwrap, self._rest or self._data), None
         if self._in_batches:
             yield from items
         else:
@@ -156,12 +159,13 @@ class Batches(data_adapter.DataAdapter):
             raise ValueError(
                 f"Tokenized data has 'images' and {list(_TOKENIZED)}. Received: {sorted(x)}"
             )
-        if "loss_mask" not in x:
-            if "suffix_mask" not in x:
-                raise ValueError(
-                    "Tokenized data needs 'suffix_mask' or 'loss_mask', True on tokens to learn."
-                )
-            x["loss_mask"] = x["suffix_mask"]
+        if "suffix_mask" not in x:  # all would be prefix, of which each token sees all others
+            raise ValueError(
+                "Tokenized data needs 'suffix_mask', True on the answer, whose tokens do not see "
+                "those after them. 'loss_mask' may say in addition which tokens to learn. "
+                f"Received: {sorted(x)}"
+            )
+        x.setdefault("loss_mask", x["suffix_mask"])
         images, ids = x["images"], x["token_ids"]
         if images.dtype.kind not in "fV" or np.abs(images.astype("float32")).max() > 1.01:
             raise ValueError(
@@ -174,7 +178,7 @@ class Batches(data_adapter.DataAdapter):
                 f"`token_ids` must be integers in [0, {self._vocab_size}), the vocabulary. "
                 f"Received: dtype {ids.dtype}, values in [{ids.min()}, {ids.max()}]"
             )
-        return x
+        return x | {"token_ids": ids.astype("int32")}
 
     def _preprocess(self, batch):
         columns = columns_of(batch)
@@ -223,13 +227,30 @@ class Batches(data_adapter.DataAdapter):
         x["loss_mask"][-missing:] = False
         return x
 
+    def check_distribution(self):
+        """Raises a ValueError if a batch cannot be split among the devices.
+
+        Each process has batches of its own, and those of all together are one.
+        """
+        distribution = keras.distribution.distribution()
+        if distribution is None:
+            return
+        parts = distribution.num_model_replicas
+        parts //= math.gcd(parts, distribution.num_processes)
+        if self._batch_size % parts:
+            raise ValueError(
+                f"The number of examples in a batch must be a multiple of {parts}, since "
+                "`keras.distribution` splits it among devices. Received: "
+                f"{self._batch_size} examples"
+            )
+
     # What Keras asks for
 
     def get_numpy_iterator(self):
         return self.arrays()
 
     def get_jax_iterator(self):
-        _check_distribution(self._batch_size)
+        self.check_distribution()
         return self.arrays()
 
     def get_torch_dataloader(self):
@@ -326,6 +347,13 @@ def columns_of(batch):
                     f"All examples must have the same fields. One lacks {missing}: {example!r:.200}"
                 )
         batch = {name: [example[name] for example in batch] for name in fields}
+    elif any(isinstance(row, tuple) for name in _IMAGES for row in _rows_of(batch.get(name))):
+        raise ValueError(
+            "A batch must hold the pictures of an example as a list. Received tuples, as the "
+            "`DataLoader` of torch makes them of the first pictures of all examples, of their "
+            "second ones, and so on. Pass it "
+            "`collate_fn=lambda rows: {k: [row[k] for row in rows] for k in rows[0]}`."
+        )
     found = [
         next((batch[name] for name in names if name in batch), None)
         for names in (_IMAGES, _PROMPTS, _RESPONSES)
@@ -335,6 +363,10 @@ def columns_of(batch):
     images, prompts, responses = map(_items, found)
     images, prompts, filled, _ = batch_examples(images, prompts, responses)
     return images, prompts, None if responses is None else filled
+
+
+def _rows_of(column):
+    return column if isinstance(column, list) else ()
 
 
 def _items(column):
@@ -407,28 +439,15 @@ def _batch_length(batch):
     return len(next(batch[name] for name in (*_PROMPTS, "token_ids") if name in batch))
 
 
-def _check_distribution(batch_size):
-    """A batch is split among devices: each process has its own, and all together are one."""
-    distribution = keras.distribution.distribution()
-    if distribution is None:
-        return
-    parts = distribution.num_model_replicas
-    parts //= math.gcd(parts, distribution.num_processes)
-    if batch_size % parts:
-        raise ValueError(
-            f"The number of examples in a batch must be a multiple of {parts}, since "
-            f"`keras.distribution` splits it among devices. Received: {batch_size} examples"
-        )
-
-
 def _length(data):
     """Number of items, or None."""
     if isinstance(data, keras.utils.PyDataset):
         return data.num_batches
     try:
-        return len(data)
+        length = len(data)
     except TypeError:  # so `tf.data` and torch say that they do not know
         return None
+    return None if length == sys.maxsize else length  # so grain says that it has no end
 
 
 def _call(data, name):

@@ -18,10 +18,19 @@ A reader who comes from another library:
 import dataclasses
 import math
 
+import numpy as np
+
 
 def _require(condition, field, expected, value):
     if not condition:
         raise ValueError(f"`{field}` must be {expected}. Received: {field}={value!r}")
+
+
+def _use_plain_numbers(config):
+    """Replaces NumPy's numbers, which JSON does not know."""
+    for field, value in vars(config).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(config, field, value.item())
 
 
 def _require_positive_ints(config, *fields):
@@ -65,6 +74,7 @@ class SiglipConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
+        _use_plain_numbers(self)
         _require_positive_ints(
             self, "width", "depth", "mlp_dim", "num_heads", "image_size", "patch_size"
         )
@@ -138,6 +148,7 @@ class GemmaConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
+        _use_plain_numbers(self)
         _require_positive_ints(
             self,
             *("width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"),

@@ -70,6 +70,10 @@ class Examples(collections.abc.Sequence):
             return Examples(self._read, self._rows[index])
         return self._read(int(self._rows[operator.index(index)]))
 
+    def __iter__(self):
+        # `Sequence` would take an IndexError of what reads an example for the end.
+        return map(self._read, self._rows.tolist())
+
     def take(self, count):
         """The first `count` examples, or all if there are fewer."""
         return self[: max(count, 0)]
@@ -430,7 +434,7 @@ class _Scene:
 
 def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
     """Pictures with at least one object, as _Scene."""
-    source = os.path.expanduser(annotations)
+    source = os.fspath(annotations)
     data, pictures = _read_coco(source, image_folder, checks)
     categories = {}
     for rank, category in enumerate(_field(data, "categories", list, source)):
@@ -479,7 +483,7 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
 
 def _read_coco(source, image_folder, checks):
     """The whole file, and its pictures with annotations: (path, image, [(place, annotation)])."""
-    source = os.fspath(source)
+    source = os.path.expanduser(source)
     folder = _folder(source, image_folder)
     data = _load_json(source)
     images = _field(data, "images", list, source)
@@ -601,7 +605,7 @@ def _check_overlap(polygons, box):
 
 
 def _mask(item, height, width):
-    """bool (height, width). What is too thin to hold the centre of a pixel fills its box."""
+    """bool (height, width). A polygon too thin to hold the centre of a pixel fills its box."""
     if isinstance(item.segmentation, dict):
         counts = _run_lengths(item.segmentation)
         values = np.arange(len(counts)) % 2 == 1
@@ -609,9 +613,10 @@ def _mask(item, height, width):
     mask = np.zeros((height, width), bool)
     for polygon in item.segmentation:
         mask |= _polygon_mask(np.reshape(polygon, (-1, 2)), height, width)
-    if not mask.any():
-        x1, y1, x2, y2 = item.box
-        mask[math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)] = True
+    x1, y1, x2, y2 = item.box
+    box = np.s_[math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)]
+    if not mask[box].any():
+        mask[box] = True
     return mask
 
 
@@ -678,7 +683,7 @@ def vqa(
 
     One file is a list of objects, or has it under `data`, `questions` or `annotations`: each with
     `question`; `answer`, or `answers` of which an item is a string or has `answer`; and `image`.
-    That is what TextVQA, VizWiz, DocVQA and others have.
+    That is what VizWiz, DocVQA and others have; TextVQA needs `image_name="{image_id}.jpg"`.
 
     Args:
         questions: path of a JSON file.
@@ -731,7 +736,7 @@ def vqa(
         ):
             with checks.row(f"{annotations}: annotation of question {_id(row, position)}"):
                 question_id = _field(row, "question_id", (int, str))
-                answers[question_id] = _answers(row)
+                answers.setdefault(question_id, []).extend(_answers(row))
     paths, rows = {}, []
     for position, row in enumerate(tqdm.tqdm(questions, disable=len(questions) < _MANY_ROWS)):
         id = _id(row, position)

@@ -3,7 +3,7 @@
 import keras
 
 from keras_pg2.checkpoints import names
-from keras_pg2.quantization import group_size_of
+from keras_pg2.quantization import ROW_MULTIPLE, group_size_of
 
 # Axes of each kernel: over which axis of the mesh it is split, "data" or "model". A product
 # splits its output, the next one its input, so that one sum ends each attention and MLP.
@@ -81,7 +81,10 @@ def layout_map(config, device_mesh, quantize=None):
             if weight == "kernel":  # quantized as its transpose
                 width, (columns, rows) = spec.shape[0], axes
             codes, scales = (rows, columns), (rows,)
-            if group_size is not None:  # a byte holds two groups of columns
+            if group_size is not None:  # a byte holds two groups of columns; rows are padded
+                height = spec.shape[0] if weight == "embeddings" else spec.shape[1]
+                num_rows = -(-height // ROW_MULTIPLE) * ROW_MULTIPLE
+                rows = rows if rows and num_rows % sizes[rows] == 0 else None
                 num_groups = -(-width // (2 * group_size))
                 groups = columns if columns and num_groups % sizes[columns] == 0 else None
                 codes = scales = (groups, rows, None)

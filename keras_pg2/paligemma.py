@@ -365,7 +365,7 @@ class PaliGemma2(keras.Model):
         loss, losses, is_correct = token_losses(
             _backend.take_rows(hidden, order),
             self.text.embedding.matrix(),
-            ops.take_along_axis(token_ids[:, 1:], order, axis=1),
+            ops.take_along_axis(ops.cast(token_ids[:, 1:], "int32"), order, axis=1),
             shares / ops.maximum(num_examples, 1),
             softcap=self.config.text.final_logit_softcap,
             label_smoothing=self.label_smoothing,
@@ -1179,7 +1179,9 @@ class PaliGemma2(keras.Model):
             return x
         _refuse_weights(options)
         data, count = ([x], 1) if isinstance(x, dict) else (x, len(x))
-        ((prepared,),) = self._batches(data, y, count).arrays()
+        data = self._batches(data, y, count)
+        data.check_distribution()
+        ((prepared,),) = data.arrays()
         return prepared
 
     def _purge_model_variables(self, **kwargs):

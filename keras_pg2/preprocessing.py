@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import struct
+import threading
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -29,6 +30,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Threads that prepare batches may meet in one PIL image, which not even reading leaves as it is.
+_LOCKS = [threading.Lock() for _ in range(64)]
 _IMAGE_TYPES = "a path, a PIL image, or an array: uint8 in [0, 255] or float in [0, 1]"
 
 
@@ -304,7 +307,7 @@ def _to_numpy(array):
 
 
 def image_size(image):
-    """Size of a picture as it is seen, without reading its pixels.
+    """Size of a picture as it is seen, without reading its pixels if the format allows it.
 
     Args:
         image: see `Preprocessor.load_image`; or anything with `width` and `height`.
@@ -314,15 +317,13 @@ def image_size(image):
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture.
+        ValueError: if it is no picture, or damaged.
     """
     if isinstance(image, (str, os.PathLike)):
         with _opened(image) as opened:
-            return image_size(opened)
+            return _pil_size(opened, repr(os.fspath(image)))
     if isinstance(image, Image.Image):
-        if image.format == "TIFF":  # before its pixels are read, Pillow may have turned its size
-            image.load()
-        return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+        return _pil_size(image, "the PIL image")
     if _is_array(image):
         return image.shape[1], image.shape[0]
     if hasattr(image, "width") and hasattr(image, "height"):
@@ -448,12 +449,27 @@ def _orientation(image):
     return image.getexif().get(ExifTags.Base.Orientation)
 
 
+def _pil_size(image, name):
+    try:
+        with _lock(image):
+            if image.format == "TIFF":  # before its pixels are read, Pillow may have turned it
+                image.load()
+            return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+
+
+def _lock(image):
+    return _LOCKS[id(image) // 16 % len(_LOCKS)]
+
+
 def _pil_levels(image, name):
     if 0 in image.size:
         raise ValueError(f"An image must have at least one pixel. Received: {name}, {image.size}")
     try:
-        image.load()
-        orientation = _orientation(image)
+        with _lock(image):
+            image.load()
+            orientation = _orientation(image)
         if orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
         if image.mode.startswith("I"):
@@ -469,7 +485,11 @@ def _pil_levels(image, name):
             levels[top:bottom] = image.crop((0, top, image.width, bottom))
         return levels
     except _DAMAGE as error:
-        raise ValueError(
-            f"The image {name} is damaged or of an unknown kind: {error}. Can another program "
-            "open it? Save it again as PNG or JPEG."
-        ) from error
+        raise _damaged(name, error) from error
+
+
+def _damaged(name, error):
+    return ValueError(
+        f"The image {name} is damaged or of an unknown kind: {error}. Can another program open it? "
+        "Save it again as PNG or JPEG."
+    )

@@ -10,6 +10,7 @@ Rows are outputs: a kernel (in, out) is quantized as its transpose.
 
 import contextlib
 import functools
+import math
 
 import keras
 import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" once this is imported
@@ -19,10 +20,12 @@ from keras import ops
 from keras_pg2 import _backend
 
 GROUP_SIZES = (32, 64, 128, 256)
-_ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
+ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
 _MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # decoded elements in memory at a time
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
+# From more rows on, a product with int4 that is scaled afterwards moves more than decoded weights.
+_MAX_SCALED_AFTER = 64
 _MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
 
 
@@ -90,7 +93,7 @@ class QuantizedMatrix(keras.layers.Layer):
     def build(self, input_shape=None):
         codes, scales = (self.num_rows, self.num_columns), (self.num_rows,)
         if self.mode == "int4":
-            rows = -(-self.num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+            rows = -(-self.num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
             groups = 2 * -(-self.num_columns // (2 * self.group_size))
             codes, scales = (groups // 2, rows, self.group_size), (groups, rows, 2)
         dtype = "int8" if self.mode == "int8" else "uint8"
@@ -103,8 +106,8 @@ class QuantizedMatrix(keras.layers.Layer):
         codes = np.zeros(self.codes.shape, self.codes.dtype)
         scales = np.zeros(self.scales.shape, "bfloat16")
         encode = _encode_int8 if self.mode == "int8" else _encode_int4
-        for start in range(0, self.num_rows, _ROW_MULTIPLE):  # what fits in a CPU's cache
-            part = slice(start, min(start + _ROW_MULTIPLE, self.num_rows))
+        for start in range(0, self.num_rows, ROW_MULTIPLE):  # what fits in a CPU's cache
+            part = slice(start, min(start + ROW_MULTIPLE, self.num_rows))
             values = np.asarray(matrix[part], "float32")
             part = (slice(None), part) if self.mode == "int4" else part
             codes[part], scales[part] = encode(values, self.group_size)
@@ -187,8 +190,10 @@ class QuantizedMatrix(keras.layers.Layer):
         multiply = functools.partial(multiply, in_float32=in_float32)
         if None in x.shape:
             return multiply(x, codes, scales)
-        on_cpu = functools.partial(self._multiply_on_cpu, in_float32=in_float32)
-        return _backend.where_xla_is_on_cpu(on_cpu, multiply, x, codes, scales)
+        functions = {"cpu": functools.partial(self._multiply_on_cpu, in_float32=in_float32)}
+        if self.mode == "int4" and math.prod(x.shape[:-1]) == 1:
+            functions["tpu"] = functools.partial(self._multiply_one_on_tpu, in_float32=in_float32)
+        return _backend.by_platform(functions, multiply, x, codes, scales)
 
     def _multiply_decoded(self, x, codes, scales, in_float32):
         product = _backend.matmul_transposed_float32 if in_float32 else _matmul_transposed
@@ -199,16 +204,23 @@ class QuantizedMatrix(keras.layers.Layer):
         return ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
 
     def _multiply_int4(self, x, codes, scales, in_float32):
-        """The product half by half; a compiler decodes as it multiplies."""
-        inputs = ops.reshape(self._padded(x), (-1, 2 * codes.shape[0], codes.shape[2]))
-        outputs = []
-        for part in self._row_slices(x):
-            halves = self._halves(codes[:, part], scales[:, part], inputs.dtype)
-            pairs = zip(ops.split(inputs, 2, axis=1), halves)
-            outputs.append(sum(_backend.einsum_float32("bhg,hrg->br", *pair) for pair in pairs))
-        outputs = ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+        """The product by halves of bytes; a compiler decodes as it multiplies."""
+        inputs = ops.reshape(x, (-1, self.num_columns))
+        if None not in x.shape and math.prod(x.shape[:-1]) <= _MAX_SCALED_AFTER:
+            outputs = self._multiply_few_by_int4(inputs, codes, scales)
+        else:
+            parts = [(codes[:, part], scales[:, part]) for part in self._row_slices()]
+            outputs = [self._multiply_many_by_int4(inputs, *part) for part in parts]
+            outputs = ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
         outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
         return ops.reshape(outputs[:, : self.num_rows], (*ops.shape(x)[:-1], self.num_rows))
+
+    def _multiply_one_on_tpu(self, x, codes, scales, in_float32):
+        """As `_multiply_int4`, of two rows: with one the units for matrices would stand idle."""
+        row = ops.reshape(x, (1, self.num_columns))
+        rows = ops.concatenate([row, ops.zeros_like(row)])
+        outputs = self._multiply_int4(rows, codes, scales, in_float32)
+        return ops.reshape(outputs[:1], (*x.shape[:-1], self.num_rows))
 
     def _multiply_on_cpu(self, x, codes, scales, in_float32):
         """The product as XLA for CPUs compiles it well: it decodes most matrices into memory."""
@@ -222,7 +234,7 @@ class QuantizedMatrix(keras.layers.Layer):
         if not is_few:
             scales = _after(inputs, scales)
         elif self.mode == "int4":
-            multiply = self._multiply_few_by_int4
+            multiply = self._multiply_few_on_cpu
         elif num_inputs == 1:
             multiply = self._multiply_one_by_int8
             inputs = ops.reshape(inputs, (-1, _backend.equal_part(inputs.shape[1], _MAX_FUSED)))
@@ -259,16 +271,33 @@ class QuantizedMatrix(keras.layers.Layer):
         return _times(products, scales, "float32")
 
     def _multiply_few_by_int4(self, inputs, codes, scales):
-        """As `_multiply_part`, but scaled after the product: less is computed for each weight."""
-        inputs = self._padded(inputs)
-        inputs = ops.reshape(inputs, (-1, 2 * codes.shape[0], codes.shape[2]))
-        products = [
-            ops.einsum("bhg,hrg->hbr", half, ops.cast(values, "float32"))
-            for half, values in zip(ops.split(inputs, 2, axis=1), _backend.halves_of_int4(codes))
-        ]
-        scale, offset = ops.unstack(ops.cast(scales, "float32"), axis=-1)
-        products = ops.sum(ops.concatenate(products) * scale[:, None], axis=0)
-        return products + ops.matmul(ops.sum(inputs, axis=-1), offset - 8 * scale)
+        """float32 (b, r) of inputs float (b, C), scaled after the product.
+
+        Less is computed for each weight; in turn, the products of each group are in memory.
+        """
+        scale, offset = (ops.split(x, 2) for x in ops.unstack(scales, axis=-1))
+        halves = self._input_halves(inputs, codes), _backend.halves_of_int4(codes), scale, offset
+        total = 0.0
+        for x, values, *of_groups in zip(*halves):
+            products = _backend.einsum_float32("bhg,hrg->hbr", x, ops.cast(values, x.dtype))
+            sums = ops.transpose(ops.sum(ops.cast(x, "float32"), axis=-1))[:, :, None]
+            scale, offset = (ops.cast(x, "float32")[:, None] for x in of_groups)
+            total = total + ops.sum(products * scale + sums * (offset - 8 * scale), axis=0)
+        return total
+
+    def _multiply_few_on_cpu(self, inputs, codes, scales):
+        """The same, with scales cast as a whole, which is faster on a CPU and slower on a TPU."""
+        return self._multiply_few_by_int4(inputs, codes, ops.cast(scales, "float32"))
+
+    def _multiply_many_by_int4(self, inputs, codes, scales):
+        """The same, of weights that are decoded before."""
+        halves = zip(self._input_halves(inputs, codes), self._halves(codes, scales, inputs.dtype))
+        return sum(_backend.einsum_float32("bhg,hrg->br", *half) for half in halves)
+
+    def _input_halves(self, inputs, codes):
+        """Inputs (b, C) as two tensors (b, groups / 2, G), for the halves of bytes."""
+        groups = (-1, 2 * codes.shape[0], codes.shape[2])
+        return ops.split(ops.reshape(self._padded(inputs), groups), 2, axis=1)
 
     def _halves(self, codes, scales, dtype):
         """What bytes (groups / 2, r, G) stand for: first and second half of the groups."""
@@ -312,7 +341,7 @@ class QuantizedMatrix(keras.layers.Layer):
         num_rows = self.scales.shape[1 if self.mode == "int4" else 0]
         if _backend.IS_COMPILED and x is not None and _backend.has_few_rows(x):
             return [slice(0, num_rows)]  # decoded inside the product; slices would be copied
-        step = max(1, _MAX_DECODED // (self.num_columns * _ROW_MULTIPLE)) * _ROW_MULTIPLE
+        step = max(1, _MAX_DECODED // (self.num_columns * ROW_MULTIPLE)) * ROW_MULTIPLE
         starts = range(0, num_rows, step)
         return [slice(start, min(start + step, num_rows)) for start in starts]
 

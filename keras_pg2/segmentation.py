@@ -554,7 +554,8 @@ def crop_masks(masks, boxes):
         float32 NumPy array (count, 64, 64) in [0, 1], bilinear with antialiasing.
 
     Raises:
-        ValueError: if the numbers differ, a box is empty or outside, or `masks` is not bool.
+        ValueError: if the numbers differ, a box is empty or outside, a mask has no pixel in its
+            box, or `masks` is not bool.
 
     Source: big_vision `pp/proj/paligemma/segmentation.py`.
     """
@@ -568,7 +569,13 @@ def crop_masks(masks, boxes):
     crops = np.zeros((len(masks), MASK_SIZE, MASK_SIZE), "float32")
     for i, (mask, box) in enumerate(zip(masks, boxes)):
         x1, y1, x2, y2 = _pixels(box, height, width)
-        crops[i] = _resize(mask[y1:y2, x1:x2].astype("float32"), MASK_SIZE, MASK_SIZE)
+        crop = mask[y1:y2, x1:x2]
+        if not crop.any():
+            raise ValueError(
+                "A mask must have a pixel in its box. "
+                f"Received: none of masks[{i}] in x1, y1, x2, y2 = {box.tolist()}"
+            )
+        crops[i] = _resize(crop.astype("float32"), MASK_SIZE, MASK_SIZE)
     return np.clip(crops, 0, 1)
 
 
