@@ -3,6 +3,7 @@
 Run by a test.
 """
 
+import dataclasses
 import os
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
@@ -16,7 +17,7 @@ import keras_pg2
 from keras_pg2.config import GemmaConfig, SiglipConfig
 
 
-def train(config, distribution, batch_size=8):
+def train(config, distribution, batch_size=8, one_batch=None):
     keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(0)
     model = keras_pg2.PaliGemma2(config)
@@ -32,6 +33,8 @@ def train(config, distribution, batch_size=8):
         "padding_mask": np.ones((16, 12), bool),
         "suffix_mask": suffix,
     }
+    if one_batch:
+        model.train_on_batch({name: array[:one_batch] for name, array in data.items()})
     losses = model.fit(data, batch_size=batch_size, epochs=2, verbose=0).history["loss"]
     return losses, num_parts(model)
 
@@ -42,6 +45,49 @@ def num_parts(model):
         path: len({str(shard.index) for shard in variable.value.addressable_shards})
         for path, variable in model.variables_by_path().items()
     }
+
+
+def check_layouts(mesh):
+    """All weights of a block, and those outside of blocks, of a published model."""
+    config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b")
+    first, second = ("data", "model"), ("model", "data")
+    kernels = {
+        "vision/patch_embedding": (None, "model"),
+        **{f"vision/block_0/attention/{name}": first for name in ("query", "key", "value")},
+        "vision/block_0/attention/output": second,
+        "vision/block_0/mlp/up": first,
+        "vision/block_0/mlp/down": second,
+        "projector": first,
+        **{f"text/block_0/attention/{name}": first for name in ("query", "key", "value")},
+        "text/block_0/attention/output": second,
+        "text/block_0/mlp/gate": first,
+        "text/block_0/mlp/up": first,
+        "text/block_0/mlp/down": second,
+    }
+    has_bias = ("vision", "projector")
+    biases = {f"{k}/bias": v[1:] for k, v in kernels.items() if k.startswith(has_bias)}
+    float_layouts = {f"{path}/kernel": axes for path, axes in kernels.items()}
+    float_layouts |= {**biases, "text/embedding/embeddings": second}
+    # Rows are outputs, and those of the embedding are tokens.
+    rows = {path: axes[::-1] for path, axes in kernels.items()} | {"text/embedding": second}
+    codes = {f"{path}/quantized/codes": axes for path, axes in rows.items()}
+    scales = {f"{path}/quantized/scales": axes[:1] for path, axes in rows.items()}
+    expected = {None: float_layouts, "int8": {**codes, **scales, **biases}}
+    # Pairs of groups of columns: 2,304 and 1,152 have 9 and 5, which nothing divides.
+    whole = {"text/block_0/attention/output": "model", "text/block_0/mlp/down": "model"}
+    expected["int4"] = biases | {
+        f"{path}/quantized/{name}": (whole.get(path), axes[0], None)
+        for path, axes in rows.items()
+        for name in ("codes", "scales")
+    }
+    for mode, wanted in expected.items():
+        layouts = keras_pg2.layout_map(config, mesh, quantize=mode)
+        found = {path.removeprefix("(.*/)?"): layouts[path].axes for path in layouts}
+        others = {path for path in found if "block_" in path and "block_0/" not in path}
+        assert {path: found[path] for path in set(found) - others} == wanted
+        for path in others:
+            tower, _, rest = path.split("/", 2)
+            assert found[path] == wanted[f"{tower}/block_0/{rest}"]
 
 
 def answer(config, distribution, mode):
@@ -73,6 +119,8 @@ def main():
     assert losses[1] < losses[0]
     with pytest.raises(ValueError, match=r"a multiple of 2, since .* Received: 3 examples$"):
         train(config, parallel, batch_size=3)
+    with pytest.raises(ValueError, match=r"a multiple of 2, since .* Received: 3 examples$"):
+        train(config, parallel, one_batch=3)
     assert devices["text/block_0/mlp/up/kernel"] == 8
     assert devices["text/block_0/attention/query/kernel"] == 8
     assert devices["text/block_0/attention/key/kernel"] == 2  # two heads, four devices
@@ -88,9 +136,14 @@ def main():
         np.testing.assert_allclose(log_probs, expected, atol=1e-5)
         assert devices["text/block_0/mlp/up/quantized/codes"] == count
         assert devices["text/block_0/mlp/up/quantized/scales"] == 4
-    config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b")
-    layouts = keras_pg2.layout_map(config, mesh, quantize="int4")  # 9,216 inputs: 36 pairs
-    assert layouts["text/block_0/mlp/down/quantized/codes"].axes == ("model", "data", None)
+    check_layouts(mesh)
+    five = keras.distribution.DeviceMesh((1, 5), ("data", "model"), devices=mesh.devices.flat[:5])
+    config = config.replace(text=dataclasses.replace(config.text, mlp_dim=40))
+    layouts = keras_pg2.layout_map(config, five, quantize="int4")
+    # 40 rows are padded to 64, which five do not divide.
+    assert layouts["text/block_0/mlp/up/quantized/codes"].axes == ("data", None, None)
+    layouts = keras_pg2.layout_map(config, five, quantize="int8")
+    assert layouts["text/block_0/mlp/up/quantized/codes"].axes == ("model", "data")
 
 
 if __name__ == "__main__":

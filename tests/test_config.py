@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -165,3 +166,10 @@ def test_every_field_changes_the_output_or_raises(data, model, inputs, tower, fi
         return
     difference = ops.convert_to_numpy(logits) - ops.convert_to_numpy(model(inputs))
     assert np.abs(difference[inputs["padding_mask"]]).max() > 1e-3
+
+
+def test_numbers_of_numpy():
+    config = PaliGemmaConfig.from_variant("paligemma2-3b", np.int64(448))
+    config = config.replace(dropout=np.float32(0.5), sliding_window=np.int32(8))
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert (config.vision.image_size, config.text.dropout) == (448, 0.5)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import keras_pg2
-from keras_pg2 import SegmentationCodec, data, parse_detections
+from keras_pg2 import SegmentationCodec, batches, data, parse_detections
 from keras_pg2.tiny.train import CODEC
 
 # Pixels 1 of a mask of 9 × 7, and what COCO's own tool compresses it to.
@@ -717,3 +717,47 @@ def test_examples_suit_the_preprocessor(rows, tokenizer):
     )
     assert x["images"].shape == (2, 1, 56, 56, 3)
     np.testing.assert_allclose(weight.sum(axis=1), 1, rtol=1e-6)
+
+
+def test_an_error_is_not_the_end(folder):
+    """An IndexError of a codec does not end the data early, nor make it empty."""
+    annotations = [
+        _annotation(i, segmentation=[[1, 1, 5, 1, 5, 5]], category_id=(1, 5)[i]) for i in range(2)
+    ]
+    examples = data.coco_segmentation(
+        _coco(folder, annotations), None, lambda masks, labels, boxes: labels[9]
+    )
+    with pytest.raises(IndexError):
+        list(examples)
+    with pytest.raises(IndexError):
+        batches.Batches(examples, None, 10)
+    with pytest.raises(ValueError, match="The data is empty"):
+        batches.Batches(examples[:0], None, 10)
+
+
+def test_home_folder(coco, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    captions = data.coco_captions("~/coco.json", check_images=False, on_error="skip")
+    assert captions[0]["image"].startswith(str(folder))
+
+
+def test_masks_outside_of_their_boxes(folder):
+    codec = SegmentationCodec.from_file(CODEC)
+    annotation = _annotation(1, 2, bbox=(50, 90, 20, 20))
+    annotation["segmentation"] = {"size": [120, 90], "counts": [0, 240, 120 * 88]}
+    examples = data.coco_segmentation(_coco(folder, [annotation]), None, codec)
+    with pytest.raises(ValueError, match="must have a pixel in its box"):
+        examples[0]
+    # A polygon beside the box that touches it fills the box, as one that is too thin.
+    (mask,) = _masks(folder, [[0, 0, 2, 0, 2, 2, 0, 2]], bbox=(2, 2, 3, 3))
+    assert mask[2:5, 2:5].all()
+
+
+def test_several_annotations_of_a_question(vqav2):
+    questions, annotations = vqav2
+    rows = [
+        {"question_id": id, "answers": [{"answer": answer}]}
+        for id, answer in [(10, "2"), (420, "dog"), (10, "2"), (10, "two")]
+    ]
+    _save(annotations, {"annotations": rows})
+    assert _suffixes(data.vqa(questions, annotations)) == ["dog", "2"]

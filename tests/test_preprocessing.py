@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 from PIL import Image, ImageOps
 
-from keras_pg2.preprocessing import Preprocessor, batch_examples
+from keras_pg2.preprocessing import Preprocessor, batch_examples, image_size
 
 PICTURES = ("gradient_500x333", "gray_123x457", "noise_200x150", "rgba_300x200")
 PICTURES += ("tall_97x1024", "wide_640x120")
@@ -184,6 +184,9 @@ def test_truncated_file(preprocessor, image, tmp_path, format):
     path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     with pytest.raises(ValueError, match=r"cut\.img.*damaged"):
         preprocessor.load_image(path)
+    if format == "PNG":  # whose orientation may stand after the pixels
+        with pytest.raises(ValueError, match=r"cut\.img.*damaged"):
+            image_size(path)
     path.write_bytes(buffer.getvalue()[:30])  # in the header
     with pytest.raises(ValueError, match=r"cut\.img.*damaged"):
         preprocessor.load_image(path)

@@ -329,6 +329,8 @@ def test_crops():
     assert 0 < crop[0, 32] < 1
     with pytest.raises(ValueError, match="Received: 1 masks, 2 boxes"):
         segmentation.crop_masks(mask, [(0, 0, 1, 1)] * 2)
+    with pytest.raises(ValueError, match=r"none of masks\[0\] in x1, y1, x2, y2 = \[20"):
+        segmentation.crop_masks(mask, [(20, 10, 30, 30)])
 
 
 def test_masks_of_decoded_codes():

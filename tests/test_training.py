@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from PIL import Image
 
 from keras_pg2 import PaliGemma2, PaliGemmaConfig, Preprocessor, _backend, batches
 from keras_pg2.config import GemmaConfig, SiglipConfig
@@ -169,6 +170,96 @@ def test_order_depends_on_seed_and_epoch_alone(tokenizer, columns):
     assert order(3, 1) == order(3, 1)
     assert len({tuple(order(epoch, seed)) for epoch in (0, 1) for seed in (0, 1)}) == 4
     assert sorted(order(0, 0)) == list(range(10))
+
+
+def test_fit_reads_in_the_order_of_seed_and_epoch(tokenizer, columns):
+    class Rows(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    rows = examples_of(columns)
+    model = micro_model(tokenizer)
+    model.compile("sgd")
+    orders = {}
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        read = []
+        model.fit(Rows(rows), batch_size=5, epochs=2, verbose=0)
+        orders[seed] = read[-20:-10], read[-10:]  # before them the first row is looked at
+    rng = [np.random.default_rng((seed, epoch)) for seed in (1, 2) for epoch in (0, 1)]
+    for order, generator in zip([*orders[1], *orders[2]], rng):
+        expected = np.arange(10)
+        generator.shuffle(expected)
+        assert order == expected.tolist()
+    read = []
+    model.fit(Rows(rows), batch_size=5, shuffle=False, verbose=0)
+    assert read[-10:] == list(range(10))
+
+
+def test_the_last_share_is_for_validation(tokenizer, columns):
+    preprocessor = Preprocessor(tokenizer, 28, sequence_length=16)
+    columns["prompts"] = [str(i) for i in range(10)]
+    data = batches.Batches(columns, preprocessor, VOCAB_SIZE, batch_size=3, shuffle=True)
+    orders = []
+    for part in data.split(0.3, 2):
+        orders.append([[int(row["prompts"]) for row in batch] for batch in part.raw_batches()])
+    trained = [row for batch in orders[0] for row in batch]
+    assert sorted(trained) == list(range(7)) != trained
+    assert [len(batch) for batch in orders[0]] == [3, 3, 1]
+    assert orders[1] == [[7, 8], [9]]
+
+
+def test_an_iterable_that_goes_on_loses_nothing(tokenizer, columns):
+    class Stream:
+        def __init__(self):
+            self.rows = iter(examples_of(columns))
+
+        def __iter__(self):
+            return self.rows
+
+    expected = read(columns, tokenizer, batch_size=5)
+    for x, wanted in zip(read(Stream(), tokenizer, batch_size=5), expected, strict=True):
+        np.testing.assert_array_equal(x["images"], wanted["images"])
+
+
+def test_items_that_are_no_examples(tokenizer, columns):
+    rows = [(row,) for row in examples_of(columns)]  # as Keras' own data sets have them
+    assert len(read(rows, tokenizer, batch_size=5)) == 2
+    rows[7] = None  # as grain says that an example was filtered out
+    with pytest.raises(ValueError, match="Received an item of NoneType"):
+        read(rows, tokenizer, batch_size=5)
+
+
+def test_endless_data_of_grain(tokenizer, columns):
+    grain = pytest.importorskip("grain")
+    data = grain.MapDataset.source(examples_of(columns)).repeat()
+    model = micro_model(tokenizer)
+    model.compile("sgd")
+    history = model.fit(data, batch_size=5, steps_per_epoch=3, epochs=2, verbose=0).history
+    assert len(history["loss"]) == 2
+
+
+def test_pictures_that_torch_has_mixed_up(tokenizer, columns):
+    """Its default for lists of pictures: the first of all examples, then the second of all."""
+    images = columns["images"]
+    columns = {**columns, "images": [tuple(images[:2]), tuple(images[2:4])]}
+    with pytest.raises(ValueError, match=r"as a list\. Received tuples, .*collate_fn=lambda"):
+        read([{name: column[:2] for name, column in columns.items()}], tokenizer)
+
+
+def test_a_picture_shared_by_batches(tokenizer, tmp_path):
+    """Pillow reads it when it is first asked for: threads must not do so at once."""
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 900, 3), "uint8")
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    data = {"prompts": ["ocr"] * 8, "responses": ["a"] * 8}
+    (expected,) = read({"images": pixels, **data}, tokenizer, batch_size=8)
+    for _ in range(3):
+        with Image.open(tmp_path / "picture.png") as image:
+            shared = read({"images": image, **data}, tokenizer, batch_size=2)
+        np.testing.assert_array_equal(
+            np.concatenate([x["images"] for x in shared]), expected["images"]
+        )
 
 
 def test_the_next_batch_is_made_meanwhile(columns):
@@ -425,6 +516,21 @@ def test_freeze_and_unfreeze(tokenizer, columns):
     assert [v.path for v in model.trainable_variables] == [model.projector.kernel.path]
     model.unfreeze()
     assert len(model.trainable_variables) == len(model.variables)
+
+
+def test_ids_of_any_integer_dtype(tokenizer, training_inputs):
+    model = micro_model(tokenizer)
+    model.compile("sgd")
+    inputs = {name: ops.convert_to_numpy(array) for name, array in training_inputs.items()}
+    expected = model.evaluate(inputs, batch_size=4, verbose=0)
+    for dtype in ("int64", "uint16"):
+        inputs["token_ids"] = inputs["token_ids"].astype(dtype)
+        assert model.evaluate(inputs, batch_size=4, verbose=0) == expected
+    losses = model({**inputs, "token_ids": ops.convert_to_tensor(inputs["token_ids"], "int64")})
+    assert float(losses["loss"]) > 0
+    del inputs["suffix_mask"]
+    with pytest.raises(ValueError, match="needs 'suffix_mask', True on the answer"):
+        model.evaluate(inputs, batch_size=4, verbose=0)
 
 
 def test_another_frozen_block_changes_no_result(tokenizer, columns, training_inputs):

@@ -1,4 +1,5 @@
 import fractions
+import struct
 
 import av
 import numpy as np
@@ -33,6 +34,37 @@ def test_frames_are_evenly_spaced(video, count, levels):
     if levels is None:
         levels = 10 * np.floor(np.linspace(0, 24, count) + 1e-3)
     np.testing.assert_allclose(means, levels, atol=4)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ((0, 1, -1, 0, 48, 0), (lambda picture: np.rot90(picture, -1))),  # clockwise
+        ((-1, 0, 0, -1, 64, 48), (lambda picture: np.rot90(picture, 2))),
+        ((0, -1, 1, 0, 0, 64), np.rot90),
+    ],
+)
+def test_a_turned_video(tmp_path, matrix, expected):
+    picture = np.zeros((48, 64, 3), "uint8")
+    picture[:16, :32] = 255
+    path = tmp_path / "video.mp4"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+
+    def stored(a, b, c, d, x, y):  # 16 bits after the point, but 30 in the last column
+        return struct.pack(">9i", *(round(v * 65536) for v in (a, b, 0, c, d, 0, x, y)), 1 << 30)
+
+    content = path.read_bytes()
+    assert stored(1, 0, 0, 1, 0, 0) in content[content.index(b"tkhd") :]
+    head, tail = content.split(b"tkhd")
+    tail = tail.replace(stored(1, 0, 0, 1, 0, 0), stored(*matrix), 1)
+    path.write_bytes(head + b"tkhd" + tail)
+    (frame,) = frames_from_video(path, 1)
+    difference = np.asarray(frame).astype(int) - expected(picture)
+    assert np.abs(difference).mean() < 6
 
 
 def test_frames_are_of_different_length(tmp_path):
