@@ -197,8 +197,9 @@ def main():
     parser.add_argument("--quantize", choices=["int8", "int4"])
     options = parser.parse_args()
     columns = (
-        "batch | prefill TFLOP | least | ratio | temporaries GiB | decode step GB, compiler | HBM | "
-        "weights + cache | HBM's ratio | cache GiB | aliased | decode's temporaries GiB | compiled in s"
+        "batch | prefill TFLOP | least | ratio | temporaries GiB | decode step GB, compiler | "
+        "HBM | weights + cache | HBM's ratio | cache GiB | aliased | decode's temporaries GiB | "
+        "compiled in s"
     )
     print(f"| {columns} |")
     print("|---" * 13 + "|", flush=True)
