@@ -3,9 +3,10 @@
     python benchmarks/generate.py [--size mid] [--backends jax tensorflow torch] [--repeat 3]
 
 PaliGemma 2 at 224 px with the real vocabulary and random weights: "mid" has 8 blocks of 1,024, "3b"
-is the published size. The prompt is 8 tokens; greedy decoding. bfloat16 on torch, float32 on jax
-and tensorflow, which is fastest on a CPU; "-int8" and "-int4" have quantized weights, "-compiled"
-decodes with torch.compile. Each contestant runs in a process of its own, in turn.
+is the published size. The prompt is 8 tokens; greedy decoding. bfloat16, but float32 where jax and
+tensorflow run on a CPU, which is fastest there; "-int8" and "-int4" have quantized weights,
+"-compiled" decodes with torch.compile, which transformers does on a GPU alone. Each contestant runs
+in a process of its own, in turn, on the GPU if there is one.
 
 keras_hub gets its shortest possible lengths, and once ("keras_hub-default") its default sequence
 length, of which it computes every position. "Of the limit" is the rate at which decoding reads the
@@ -71,9 +72,11 @@ def keras_hub_runner(options, dtype, text_length=None):
     return run
 
 
-def transformers_runner(options, dtype):
+def transformers_runner(options, dtype, is_compiled=False):
     import torch
 
+    if is_compiled and not torch.cuda.is_available():
+        raise SystemExit("It compiles on a GPU alone.")
     model = peers.transformers_model(options.size, dtype, options.image_size).eval()
     images, token_ids = model_inputs(options)
     placeholders = np.full((options.batch, (options.image_size // 14) ** 2), peers.VOCAB_SIZE)
@@ -83,17 +86,20 @@ def transformers_runner(options, dtype):
         "attention_mask": torch.ones_like(input_ids),
         "pixel_values": torch.tensor(images.transpose(0, 3, 1, 2).copy()).to(model.dtype),
     }
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    cache = {"cache_implementation": "static"} if is_compiled else {}  # so it says "compiled"
 
     def run(num_tokens):
         with torch.inference_mode():
             lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
-            model.generate(**batch, **lengths, do_sample=False)
+            model.generate(**batch, **lengths, **cache, do_sample=False).cpu()
 
     return run
 
 
 RUNNERS = {
     "transformers": transformers_runner,
+    "transformers-compiled": lambda *args: transformers_runner(*args, True),
     "keras_hub-default": lambda *args: keras_hub_runner(*args, DEFAULT_LENGTH),
     "keras_hub": keras_hub_runner,
     "keras_pg2": keras_pg2_runner,
@@ -158,9 +164,41 @@ def num_weights_read(size):
     return text["depth"] * block + peers.VOCAB_SIZE * text["width"]
 
 
+def has_gpu(backend):
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    if backend == "jax":
+        import jax
+
+        return jax.default_backend() == "gpu"
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def peak_gb(backend):
+    """Of the GPU's memory; without one, of the process's."""
+    if not has_gpu(backend):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9
+    if backend == "jax":
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
+    import tensorflow as tf
+
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"] / 1e9
+
+
 def measure(options):
     package, _, backend = options.measure.partition("/")
-    dtype = options.dtype or ("bfloat16" if backend == "torch" else "float32")
+    is_fast_in_16_bits = backend == "torch" or has_gpu(backend)
+    dtype = options.dtype or ("bfloat16" if is_fast_in_16_bits else "float32")
     run = RUNNERS[package](options, dtype)
 
     def seconds(num_tokens):
@@ -174,7 +212,7 @@ def measure(options):
         for count in (1, 1 + options.tokens)
     )
     token = (all_tokens - first) / options.tokens
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = peak_gb(backend)  # before the matrices of the next line
     limit = num_weights_read(options.size) / product_rate(dtype)
     print(
         json.dumps(
@@ -195,7 +233,7 @@ def main():
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--packages", nargs="*", default=list(RUNNERS), choices=RUNNERS)
     parser.add_argument("--size", default="mid", choices=peers.SIZES)
-    parser.add_argument("--dtype", help="default: what is fastest on a CPU")
+    parser.add_argument("--dtype", help="default: what is fastest on the device")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=8, help="tokens")
@@ -211,7 +249,7 @@ def main():
         f"{package}/{backend}"
         for backend in options.backends
         for package in options.packages
-        if backend == "torch" or not package.endswith(("transformers", "-compiled"))
+        if backend == "torch" or not ("transformers" in package or package.endswith("-compiled"))
     ]
     arguments = [
         f"--{name}={getattr(options, name.replace('-', '_'))}"

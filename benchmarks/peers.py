@@ -102,7 +102,8 @@ def transformers_model(size, dtype, image_size=224):
         hidden_size=text["hidden_size"],
     )
     config._attn_implementation = "eager"  # soft caps allow no other
-    with initialization.no_init_weights():
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # as Keras chooses
+    with initialization.no_init_weights(), torch.device(device):
         torch.set_default_dtype(getattr(torch, dtype))
         model = transformers.PaliGemmaForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
