@@ -275,13 +275,13 @@ class QuantizedMatrix(keras.layers.Layer):
 
         Less is computed for each weight; in turn, the products of each group are in memory.
         """
-        scale, offset = (ops.split(x, 2) for x in ops.unstack(scales, axis=-1))
-        halves = self._input_halves(inputs, codes), _backend.halves_of_int4(codes), scale, offset
+        inputs, codes = self._input_halves(inputs, codes), _backend.halves_of_int4(codes)
+        scales, offsets = (ops.split(x, 2) for x in ops.unstack(scales, axis=-1))
         total = 0.0
-        for x, values, *of_groups in zip(*halves):
+        for x, values, *scale_and_offset in zip(inputs, codes, scales, offsets):
             products = _backend.einsum_float32("bhg,hrg->hbr", x, ops.cast(values, x.dtype))
             sums = ops.transpose(ops.sum(ops.cast(x, "float32"), axis=-1))[:, :, None]
-            scale, offset = (ops.cast(x, "float32")[:, None] for x in of_groups)
+            scale, offset = (ops.cast(y, "float32")[:, None] for y in scale_and_offset)
             total = total + ops.sum(products * scale + sums * (offset - 8 * scale), axis=0)
         return total
 

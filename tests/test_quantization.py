@@ -100,6 +100,22 @@ def test_products_with_wide_rows(num_rows, mode):
     np.testing.assert_allclose(_in_program(layer, x), expected, atol=1e-4)
 
 
+@pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch has no compiler's platforms")
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("num_rows", [1, 3, 64, 65])
+def test_products_of_other_platforms(num_rows, scheme, platform, monkeypatch):
+    monkeypatch.setattr(
+        _backend,
+        "by_platform",
+        lambda functions, default, *args: functions.get(platform, default)(*args),
+    )
+    layer, _ = _linear((588, 200), "float32", **SCHEMES[scheme])
+    x = np.random.default_rng(1).normal(size=(num_rows, 588)).astype("float32")
+    expected = x @ _numpy(layer.kernel) + _numpy(layer.bias)
+    np.testing.assert_allclose(_numpy(layer(x)), expected, atol=1e-4)
+
+
 @pytest.mark.slow  # with XLA's optimizations alone
 @pytest.mark.parametrize("num_rows", [1, 64])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
