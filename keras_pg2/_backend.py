@@ -24,8 +24,13 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 _LOG = logging.getLogger(__name__)
 BACKEND = keras.config.backend()
 IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
-# From about 16 rows on, products with a quantized matrix that was decoded before are faster.
-_MAX_FEW_ROWS = 8
+_MAX_FEW_ROWS = 8  # to which products on a CPU are fitted; many need another layout
+# From more rows on, products with a quantized matrix are faster if it is decoded before.
+MAX_QUANTIZED_ROWS = {
+    "jax": {"int8": 64, "int4": 64},
+    "tensorflow": {"int8": 64, "int4": 16},
+    "torch": {"int8": 16, "int4": 64},
+}.get(BACKEND)
 MAX_TOKENS = 2048  # whose activations inside an MLP are in memory at a time
 # Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
 MASKED_LOGIT = -2.3819763e38
@@ -1044,7 +1049,7 @@ def int8_product(x, codes, scales):
         bfloat16 (..., R), or None.
     """
     # Where C is no multiple of 16, torch 2.13 reads past the end.
-    if BACKEND != "torch" or codes.shape[1] % 16 or not _has_torch_product(x):
+    if BACKEND != "torch" or codes.shape[1] % 16 or not _has_torch_product(x, "int8"):
         return None
     rows = x.reshape(-1, x.shape[-1])
     return torch._weight_int8pack_mm(rows, codes, scales).view(*x.shape[:-1], -1)
@@ -1062,7 +1067,7 @@ def int4_product(x, codes, scales, tile):
     Returns:
         bfloat16 (..., R), or None.
     """
-    if tile is None or not _has_torch_product(x):
+    if tile is None or not _has_torch_product(x, "int4"):
         return None
     rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]).contiguous(), codes.shape
     codes = codes.view(num_rows, -1)
@@ -1070,15 +1075,15 @@ def int4_product(x, codes, scales, tile):
     return products.view(*x.shape[:-1], -1)
 
 
-def _has_torch_product(x):
+def _has_torch_product(x, mode):
     """Whether torch has a product of `x` with a quantized matrix that is faster than ours."""
-    is_small = has_few_rows(x) and x.dtype == torch.bfloat16
+    is_small = has_few_rows(x, MAX_QUANTIZED_ROWS[mode]) and x.dtype == torch.bfloat16
     return is_small and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def has_few_rows(x):
-    """Whether the rows of `x`, float (..., C), are known to be few."""
-    return None not in x.shape and math.prod(x.shape[:-1]) <= _MAX_FEW_ROWS
+def has_few_rows(x, limit=_MAX_FEW_ROWS):
+    """Whether the rows of `x`, float (..., C), are known to be no more than `limit`."""
+    return None not in x.shape and math.prod(x.shape[:-1]) <= limit
 
 
 def by_platform(functions, default, *args):

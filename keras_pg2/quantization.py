@@ -24,8 +24,6 @@ ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
 _MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # decoded elements in memory at a time
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
-# From more rows on, a product with int4 that is scaled afterwards moves more than decoded weights.
-_MAX_SCALED_AFTER = 64
 _MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
 
 
@@ -206,7 +204,7 @@ class QuantizedMatrix(keras.layers.Layer):
     def _multiply_int4(self, x, codes, scales, in_float32):
         """The product by halves of bytes; a compiler decodes as it multiplies."""
         inputs = ops.reshape(x, (-1, self.num_columns))
-        if None not in x.shape and math.prod(x.shape[:-1]) <= _MAX_SCALED_AFTER:
+        if _backend.has_few_rows(x, _backend.MAX_QUANTIZED_ROWS["int4"]):
             outputs = self._multiply_few_by_int4(inputs, codes, scales)
         else:
             parts = [(codes[:, part], scales[:, part]) for part in self._row_slices()]
@@ -225,7 +223,8 @@ class QuantizedMatrix(keras.layers.Layer):
     def _multiply_on_cpu(self, x, codes, scales, in_float32):
         """The product as XLA for CPUs compiles it well: it decodes most matrices into memory."""
         inputs = ops.cast(ops.reshape(x, (-1, self.num_columns)), "float32")
-        num_inputs, is_few = inputs.shape[0], _backend.has_few_rows(x)
+        num_inputs = inputs.shape[0]
+        is_few = num_inputs <= _backend.MAX_QUANTIZED_ROWS[self.mode]
         axis = 1 if self.mode == "int4" else 0
         num_rows = scales.shape[axis]
         max_length = max(1, _MAX_DECODED_ON_CPU[is_few] // self.num_columns)
