@@ -336,7 +336,7 @@ def columns_of(batch):
         responses: list of str, or None without answers.
 
     Raises:
-        ValueError: if a field is missing.
+        ValueError: if a field is missing, or torch has mixed up the pictures of examples.
     """
     received = batch[0] if isinstance(batch, list) else batch
     if isinstance(batch, list):
@@ -347,26 +347,23 @@ def columns_of(batch):
                     f"All examples must have the same fields. One lacks {missing}: {example!r:.200}"
                 )
         batch = {name: [example[name] for example in batch] for name in fields}
-    elif any(isinstance(row, tuple) for name in _IMAGES for row in _rows_of(batch.get(name))):
-        raise ValueError(
-            "A batch must hold the pictures of an example as a list. Received tuples, as the "
-            "`DataLoader` of torch makes them of the first pictures of all examples, of their "
-            "second ones, and so on. Pass it "
-            "`collate_fn=lambda rows: {k: [row[k] for row in rows] for k in rows[0]}`."
-        )
     found = [
         next((batch[name] for name in names if name in batch), None)
         for names in (_IMAGES, _PROMPTS, _RESPONSES)
     ]
     if found[0] is None or found[1] is None:
         raise ValueError(f"Data must be {_FORMS}. Received a dict with {sorted(received)}")
+    is_collated = received is batch and isinstance(found[0], list)
+    if is_collated and any(isinstance(row, tuple) for row in found[0]):
+        raise ValueError(
+            "A batch must hold the pictures of an example as a list. Received tuples, as the "
+            "`DataLoader` of torch makes them of the first pictures of all examples, of their "
+            "second ones, and so on. Pass it "
+            "`collate_fn=lambda rows: {k: [row[k] for row in rows] for k in rows[0]}`."
+        )
     images, prompts, responses = map(_items, found)
     images, prompts, filled, _ = batch_examples(images, prompts, responses)
     return images, prompts, None if responses is None else filled
-
-
-def _rows_of(column):
-    return column if isinstance(column, list) else ()
 
 
 def _items(column):

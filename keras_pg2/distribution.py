@@ -77,12 +77,11 @@ def layout_map(config, device_mesh, quantize=None):
             axis if axis and unit % sizes[axis] == 0 else None for axis, unit in zip(axes, units)
         )
         if quantize and weight in ("kernel", "embeddings"):
-            width, (rows, columns) = spec.shape[-1], axes
+            (height, width), (rows, columns) = spec.shape, axes
             if weight == "kernel":  # quantized as its transpose
-                width, (columns, rows) = spec.shape[0], axes
+                (width, height), (columns, rows) = spec.shape, axes
             codes, scales = (rows, columns), (rows,)
             if group_size is not None:  # a byte holds two groups of columns; rows are padded
-                height = spec.shape[0] if weight == "embeddings" else spec.shape[1]
                 num_rows = -(-height // ROW_MULTIPLE) * ROW_MULTIPLE
                 rows = rows if rows and num_rows % sizes[rows] == 0 else None
                 num_groups = -(-width // (2 * group_size))

@@ -119,7 +119,7 @@ def test_products_of_other_platforms(num_rows, scheme, platform, monkeypatch):
 @pytest.mark.slow  # with XLA's optimizations alone
 @pytest.mark.parametrize("num_rows", [1, 64, 65])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_parts_in_the_clear(num_rows, mode):
+def test_memory_of_decoded_parts(num_rows, mode):
     """Of six matrices, 96 MiB in float32, with which XLA multiplies on a CPU."""
     if _backend.BACKEND != "jax":
         pytest.skip("jax only: it tells what a program needs")
@@ -338,7 +338,7 @@ def test_clone_and_weights(mode, inputs):
     np.testing.assert_array_equal(_numpy(clone(inputs)), _numpy(model(inputs)))
 
 
-def test_a_file_is_read_without_the_matrices_in_the_clear(tmp_path, monkeypatch):
+def test_a_file_is_read_without_unquantized_matrices(tmp_path, monkeypatch):
     model = keras_pg2.PaliGemma2.from_preset(TINY, quantize="int8")
     model.save(tmp_path / "model.keras")
     make_quantized, had_values = quantization.Quantizable.make_quantized, []
