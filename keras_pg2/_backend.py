@@ -35,6 +35,7 @@ MAX_TOKENS = 2048  # whose activations inside an MLP are in memory at a time
 # Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
 MASKED_LOGIT = -2.3819763e38
 _KEYS_CAST = 512  # keys, and values, that are cast to float32 at a time where that is faster
+_MIN_GPU_PRODUCT = 10_000_000  # multiplications; XLA takes a smaller product with a vector apart
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
@@ -67,7 +68,7 @@ else:
 
 
 _state = threading.local()
-_layout_lock = threading.Lock()
+_layout_lock, _graph_lock = threading.Lock(), threading.Lock()
 _onednn = types.SimpleNamespace(lock=threading.Lock(), num_without=0, was_enabled=None)
 
 
@@ -200,8 +201,10 @@ def _kind(layer):
 
 
 def _compile_jax(model, function, updated, donate, in_parts):
+    variables = model.variables  # a program is forgotten when there are others
+
     def stateless(values, updated_values, *args):
-        read = [*zip(model.variables, values), *zip(updated, updated_values)]
+        read = [*zip(variables, values), *zip(updated, updated_values)]
         with keras.StatelessScope(state_mapping=read) as scope:
             outputs = function(*args)
         return outputs, [scope.get_current_value(variable) for variable in updated]
@@ -210,7 +213,7 @@ def _compile_jax(model, function, updated, donate, in_parts):
 
     def run(*args):
         model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
-        values = [variable.value for variable in model.variables]
+        values = [variable.value for variable in variables]
         outputs, new_values = jitted(values, [v.value for v in updated], *args)
         for variable, value in zip(updated, new_values):
             variable.assign(value)
@@ -348,21 +351,7 @@ def loop(step, state, max_steps, is_done, num_rows):
         The last state.
     """
     if BACKEND == "torch":
-        is_compiled = _state.compile_steps
-        if is_compiled:
-            step = _torch_compile(step)
-            # A tensor made outside of this mode would be another kind of input, compiled anew.
-            state = keras.tree.map_structure(lambda x: x if x.is_inference() else x.clone(), state)
-        # `matmul` cannot do this inside compiled code.
-        without_onednn = _without_onednn_for_one_row(num_rows)
-        with without_onednn if is_compiled and not _HAS_AMX else contextlib.nullcontext():
-            for count in range(int(max_steps)):
-                # On an accelerator each look at the device costs a wait.
-                done = is_done(state)
-                if (count % 8 == 0 or not done.is_cuda) and bool(done):
-                    break
-                state = step(state)
-        return state
+        return _torch_loop(step, state, max_steps, is_done, num_rows)
     # The state goes around without axes of length 1: XLA for CPUs copies what has them, such as a
     # cache of one row, four times in each step.
     shapes = [x.shape for x in keras.tree.flatten(state)]
@@ -384,6 +373,75 @@ def loop(step, state, max_steps, is_done, num_rows):
         (ops.zeros((), "int32"), squeezed(state)),
     )
     return restored(arrays)
+
+
+def _torch_loop(step, state, max_steps, is_done, num_rows):
+    tensors = keras.tree.flatten(state)
+    is_compiled, on_cuda = _state.compile_steps, any(x.is_cuda for x in tensors)
+    if is_compiled:
+        step = _torch_compile(step)
+        # A tensor made outside of this mode would be another kind of input, compiled anew.
+        state = keras.tree.map_structure(lambda x: x if x.is_inference() else x.clone(), state)
+    # `matmul` cannot do this inside compiled code.
+    without_onednn = _without_onednn_for_one_row(num_rows)
+    with without_onednn if is_compiled and not _HAS_AMX else contextlib.nullcontext():
+        max_steps = int(max_steps)
+        for count in range(max_steps):
+            # Each look at a GPU costs a wait.
+            if (count % 8 == 0 or not on_cuda) and bool(is_done(state)):
+                break
+            if on_cuda and count == 1 and max_steps > 3:
+                step = _recorded(step, state)
+            state = step(state)
+    return state
+
+
+def _recorded(step, state):
+    """A step as a CUDA graph: launching its thousand operations one by one takes the host longer.
+
+    Args:
+        step: callable, from state to state, that ran before. It must not wait for the GPU.
+        state: nested structure of tensors, which the graph reads and overwrites.
+
+    Returns:
+        callable, from that state to itself; or `step`, if it cannot be recorded.
+    """
+    graph, device = torch.cuda.CUDAGraph(), keras.tree.flatten(state)[0].device
+    # Not `torch.cuda.graph`, which first waits for all threads and empties the cache of memory.
+    try:
+        with _graph_lock, torch.cuda.stream(_graph_stream(device)):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                _update_in_place(state, step(state))
+            finally:
+                graph.capture_end()
+    except Exception as error:  # of a layer that is not ours, say
+        _LOG.warning("Decoding is slow, since it makes no CUDA graph: %s", error)
+        return step
+
+    def replay(state):
+        graph.replay()
+        return state
+
+    return replay
+
+
+def _update_in_place(state, new_state):
+    """Writes a state into the memory of an earlier one."""
+    pairs = list(zip(keras.tree.flatten(state), keras.tree.flatten(new_state)))
+    for old, new in pairs:
+        if old.data_ptr() != new.data_ptr():
+            old.copy_(new)
+
+
+@functools.cache
+def _graph_stream(device):
+    """A stream on which graphs are recorded."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        # Allocates what products on this stream need; else a graph would, and never free it.
+        torch.mm(*torch.ones(2, 1, 1, device=device))
+    return stream
 
 
 def repeat(step, count, state):
@@ -725,6 +783,14 @@ def write_cache(buffer, values, index):
     return tf.reshape(tf.raw_ops.InplaceUpdate(x=old, i=rows, v=new), buffer.shape)
 
 
+def masked_fill(x, mask, value):
+    """`x` with a number in place of what `mask`, bool of its shape, marks.
+
+    `ops.where` would copy the number to torch's device, and wait for that.
+    """
+    return x.masked_fill(mask, value) if BACKEND == "torch" else ops.where(mask, value, x)
+
+
 def take_rows(x, places):
     """Row `places[b, t]` of each example.
 
@@ -827,9 +893,20 @@ def matmul(x, kernel):
     Returns:
         float (..., out) in the dtype of `kernel`.
     """
-    if BACKEND != "torch":
-        return ops.matmul(ops.cast(x, kernel.dtype), kernel)
-    return _torch_matmul(x, kernel)
+    if BACKEND == "torch":
+        return _torch_matmul(x, kernel)
+    x, kernel = ops.cast(x, kernel.dtype), ops.convert_to_tensor(kernel)
+    is_small = math.prod(kernel.shape) < _MIN_GPU_PRODUCT
+    if BACKEND == "jax" and in_program() and is_small and has_few_rows(x, 1):
+        return by_platform({"cuda": _times_two_rows}, ops.matmul, x, kernel)
+    return ops.matmul(x, kernel)
+
+
+def _times_two_rows(x, kernel):
+    """`x @ kernel` of one row. With two, XLA for GPUs writes no products into memory."""
+    row = ops.reshape(x, (1, -1))
+    products = ops.matmul(ops.concatenate([row, ops.zeros_like(row)]), kernel)
+    return ops.reshape(products[:1], (*x.shape[:-1], kernel.shape[1]))
 
 
 def _torch_matmul(x, kernel):
@@ -1081,6 +1158,33 @@ def _has_torch_product(x, mode):
     return is_small and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
+def is_on_cuda(x):
+    """Whether a tensor is one of torch on a GPU."""
+    return BACKEND == "torch" and x.is_cuda
+
+
+def has_cuda():
+    """Whether torch has a GPU."""
+    return BACKEND == "torch" and torch.cuda.is_available()
+
+
+def fused(function):
+    """On torch a compiled form of a function of tensors whose passes over memory become one.
+
+    It is compiled once for all shapes, and left as it is where that fails, as on GPUs that
+    torch's compiler does not know.
+    """
+    return function if torch.compiler.is_compiling() else _fused(function)
+
+
+@functools.cache
+def _fused(function):
+    torch._dynamo.config.recompile_limit = 256
+    tuned = {"coordinate_descent_tuning": True}
+    compiled = torch.compile(function, dynamic=True, options=tuned)
+    return torch._dynamo.config.patch(suppress_errors=True)(compiled)
+
+
 def has_few_rows(x, limit=_MAX_FEW_ROWS):
     """Whether the rows of `x`, float (..., C), are known to be no more than `limit`."""
     return None not in x.shape and math.prod(x.shape[:-1]) <= limit
@@ -1090,7 +1194,7 @@ def by_platform(functions, default, *args):
     """Calls the function of the platform for which XLA compiles.
 
     Args:
-        functions: dict of "cpu" or, for jax alone, "tpu" to callables.
+        functions: dict of "cpu" or, for jax alone, "cuda" and "tpu" to callables.
         default: callable, for all other platforms, and with torch.
         *args: tensors, what it is called with.
     """

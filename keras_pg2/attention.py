@@ -105,7 +105,7 @@ def rotary_angles(positions, head_dim, base):
     Source: big_vision `models/ppp/gemma.py`, `_apply_rope`.
     """
     exponents = ops.arange(0, head_dim, 2, dtype="float32") / head_dim
-    frequencies = 1.0 / ops.power(ops.cast(base, "float32"), exponents)
+    frequencies = 1.0 / float(base) ** exponents
     angles = ops.cast(positions, "float32")[:, :, None, None] * frequencies
     cos, sin = ops.cos(angles), ops.sin(angles)
     return ops.concatenate([cos, cos], axis=-1), ops.concatenate([-sin, sin], axis=-1)

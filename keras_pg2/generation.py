@@ -384,10 +384,10 @@ def _choose(method, state, logits):
     log_probs = ops.log_softmax(logits, axis=-1)
     if "grammar" in state:
         allowed = _allowed(state, logits.shape[-1])
-        logits = ops.where(allowed, logits, _NEVER)
+        logits = _backend.masked_fill(logits, ops.logical_not(allowed), _NEVER)
     if isinstance(method, Beam):
         if "grammar" in state:
-            log_probs = ops.where(allowed, log_probs, _NEVER)
+            log_probs = _backend.masked_fill(log_probs, ops.logical_not(allowed), _NEVER)
         return _choose_beams(method, state, log_probs)
     if method in ("random", "filtered"):
         logits = logits / state["temperature"]
@@ -398,8 +398,8 @@ def _choose(method, state, logits):
         token = ops.cast(ops.argmax(logits, axis=-1), "int32")
     done = state["done"]
     log_prob = ops.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
-    log_prob = ops.where(done, 0.0, log_prob)
-    token = ops.where(done, PAD_ID, token)
+    log_prob = _backend.masked_fill(log_prob, done, 0.0)
+    token = _backend.masked_fill(token, done, PAD_ID)
     if "grammar" in state:
         state = _follow_grammar(state, token)
     return state | {
@@ -427,7 +427,7 @@ def _follow_grammar(state, token):
     then = ops.take(grammar["next"], state["place"], axis=0)
     then = ops.take_along_axis(then, token_class[:, None], axis=1)[:, 0]
     return state | {
-        "place": ops.where(then < 0, 0, then),  # rows that are done stay anywhere
+        "place": _backend.masked_fill(then, then < 0, 0),  # rows that are done stay anywhere
         "recent": ops.stack([state["recent"][:, 1], token], axis=1),
     }
 
@@ -436,11 +436,11 @@ def _filter(logits, top_k, top_p):
     """Rules out all but the most likely tokens: `top_k` ≤ V, then those that reach `top_p`."""
     ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
     lowest = ops.take(ordered, top_k - 1, axis=-1)[:, None]
-    ordered = ops.where(ordered < lowest, _NEVER, ordered)
+    ordered = _backend.masked_fill(ordered, ordered < lowest, _NEVER)
     cumulative = ops.cumsum(ops.softmax(ordered, axis=-1), axis=-1)
     last = ops.sum(ops.cast(cumulative[:, :-1] < top_p, "int32"), axis=-1, keepdims=True)
     lowest = ops.maximum(lowest, ops.take_along_axis(ordered, last, axis=-1))
-    return ops.where(logits < lowest, _NEVER, logits)
+    return _backend.masked_fill(logits, logits < lowest, _NEVER)
 
 
 def _sample(logits, uniform):
@@ -461,7 +461,8 @@ def _choose_beams(sampler, state, log_probs):
 
     # Extend each by its most likely tokens other than `<eos>` and keep the best.
     top_log_probs, top_tokens = ops.top_k(log_probs, beams + 1)
-    candidates = ops.where(top_tokens == EOS_ID, _NEVER, top_log_probs) + scores[:, :, None]
+    candidates = _backend.masked_fill(top_log_probs, top_tokens == EOS_ID, _NEVER)
+    candidates = candidates + scores[:, :, None]
     scores, chosen = ops.top_k(ops.reshape(candidates, (batch_size, -1)), beams)
     chosen = ops.cast(chosen, "int32")
     parent = chosen // (beams + 1)
@@ -516,7 +517,7 @@ def _best_ended(state, ended):
     beam = ops.argmax(scores, axis=-1)[:, None]
     score = ops.take_along_axis(scores, beam, axis=-1)[:, 0]
     tokens = _take_beams(state["tokens"], beam)[:, 0]
-    tokens = _backend.write(tokens, ops.full((beam.shape[0], 1), EOS_ID, "int32"), count)
+    tokens = _backend.write(tokens, ops.cast(ops.zeros_like(beam) + EOS_ID, "int32"), count)
     log_probs = _take_beams(state["log_probs"], beam)[:, 0]
     log_probs = _backend.write(log_probs, ops.take_along_axis(ended, beam, axis=-1), count)
     is_better = score > state["best_score"]

@@ -302,8 +302,8 @@ def _in_range(multiply, inputs):
     inputs = ops.cast(inputs, "float32")
     largest = ops.max(ops.abs(inputs), axis=-1, keepdims=True)
     # The largest input becomes 1/32: sums of many products must fit too.
-    exponent = ops.ceil(ops.log2(ops.maximum(largest, 1e-30))) + 5
-    scale = ops.power(2.0, exponent)
+    exponent = ops.ceil(ops.log2(largest + 1e-30)) + 5
+    scale = 2.0**exponent
     return ops.cast(multiply(inputs / scale), "float32") * scale
 
 

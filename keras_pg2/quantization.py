@@ -21,9 +21,11 @@ from keras_pg2 import _backend
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
-_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**21  # decoded elements in memory at a time
+# Decoded elements in memory at a time.
+_MAX_DECODED = 2**27 if _backend.IS_COMPILED or _backend.has_cuda() else 2**21
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
+_MAX_ROWS_ON_CUDA = 4  # of inputs, for which torch's products read each code, not decoded ones
 _MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
 
 
@@ -182,6 +184,11 @@ class QuantizedMatrix(keras.layers.Layer):
         if rounded is not None:
             rounded = rounded[..., : self.num_rows]
             return _backend.refined(rounded, x, self.take) if in_float32 else rounded
+        if _backend.is_on_cuda(x) and _backend.has_few_rows(x, _MAX_ROWS_ON_CUDA):
+            inputs = ops.reshape(self._padded(x), (-1, self._padded_columns))
+            outputs = _backend.fused(_sums_of_products)(inputs, codes, scales)[:, : self.num_rows]
+            outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
+            return ops.reshape(outputs, (*x.shape[:-1], self.num_rows))
         if not _backend.IS_COMPILED:
             return self._multiply_decoded(x, codes, scales, in_float32)
         multiply = self._multiply_int4 if self.mode == "int4" else self._multiply_decoded
@@ -190,7 +197,8 @@ class QuantizedMatrix(keras.layers.Layer):
             return multiply(x, codes, scales)
         functions = {"cpu": functools.partial(self._multiply_on_cpu, in_float32=in_float32)}
         if self.mode == "int4" and math.prod(x.shape[:-1]) == 1:
-            functions["tpu"] = functools.partial(self._multiply_one_on_tpu, in_float32=in_float32)
+            one = functools.partial(self._multiply_one_by_int4, in_float32=in_float32)
+            functions |= {"cuda": one, "tpu": one}
         return _backend.by_platform(functions, multiply, x, codes, scales)
 
     def _multiply_decoded(self, x, codes, scales, in_float32):
@@ -213,7 +221,7 @@ class QuantizedMatrix(keras.layers.Layer):
         outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
         return ops.reshape(outputs[:, : self.num_rows], (*ops.shape(x)[:-1], self.num_rows))
 
-    def _multiply_one_on_tpu(self, x, codes, scales, in_float32):
+    def _multiply_one_by_int4(self, x, codes, scales, in_float32):
         """As `_multiply_int4`, of two rows: with one the units for matrices would stand idle."""
         row = ops.reshape(x, (1, self.num_columns))
         rows = ops.concatenate([row, ops.zeros_like(row)])
@@ -324,7 +332,9 @@ class QuantizedMatrix(keras.layers.Layer):
             count = min(part.stop, self.num_rows) - part.start
             if self.mode == "int4":
                 packed, part_scales = codes[:, part], scales[:, part]
-                if self._tile is None:
+                if _backend.is_on_cuda(codes):
+                    values = _backend.fused(_decoded_int4)(packed, part_scales, dtype)
+                elif self._tile is None:
                     values = self._decode(_backend.unpack_int4(packed), part_scales, dtype)
                 else:  # the bytes of rows lie together
                     packed = codes.view(codes.shape[1], -1)[part].view_as(packed)
@@ -354,8 +364,14 @@ class QuantizedMatrix(keras.layers.Layer):
         values = (codes - 8) * scales[..., :1] + scales[..., 1:]
         return ops.reshape(values, (*shape, -1))[..., : self.num_columns]
 
+    @property
+    def _padded_columns(self):
+        """C, rounded up to an even number of groups with "int4"."""
+        shape = self.codes.shape
+        return self.num_columns if self.mode == "int8" else 2 * shape[0] * shape[2]
+
     def _padded(self, x):
-        added = 2 * self.codes.shape[0] * self.codes.shape[2] - self.num_columns
+        added = self._padded_columns - self.num_columns
         if not added:
             return x
         # Not `ops.pad`: it makes a Keras operation with a new name, compiled anew each time.
@@ -445,6 +461,30 @@ def _after(x, scales):
     square = ops.einsum("bi,bi->", first, first)
     bound = ops.cast(ops.where(square > 0, 1e38, 2e38), "float32")  # never reached
     return ops.minimum(ops.cast(scales, "float32"), bound)
+
+
+def _sums_of_products(x, codes, scales):
+    """float32 (b, R) of x float (b, C), which torch's compiler makes one pass over the codes."""
+    x = ops.cast(x, "float32")
+    if codes.ndim == 2:
+        return ops.sum(x[:, None] * ops.cast(codes, "float32"), axis=-1) * scales
+    num_groups, num_rows, group_size = codes.shape
+    x = ops.reshape(x, (-1, 2, num_groups, 1, group_size))
+    scales = ops.reshape(ops.cast(scales, "float32"), (2, num_groups, num_rows, 1, 2))
+    products = 0.0
+    for i, half in enumerate(_backend.halves_of_int4(codes)):
+        values = (ops.cast(half, "float32") - 8) * scales[i, ..., 0] + scales[i, ..., 1]
+        products = products + x[:, i] * values
+    return ops.sum(products, axis=(1, 3))
+
+
+def _decoded_int4(codes, scales, dtype):
+    """float (R, C) of bytes (groups / 2, R, G), likewise."""
+    num_groups, num_rows, _ = codes.shape
+    codes = ops.cast(ops.stack(_backend.halves_of_int4(codes)), dtype)
+    scales = ops.reshape(ops.cast(scales, dtype), (2, num_groups, num_rows, 1, 2))
+    values = (codes - 8) * scales[..., 0] + scales[..., 1]
+    return ops.reshape(ops.transpose(values, (2, 0, 1, 3)), (num_rows, -1))
 
 
 def _times(x, scale, dtype):

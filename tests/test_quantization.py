@@ -101,7 +101,7 @@ def test_products_with_wide_rows(num_rows, mode):
 
 
 @pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch has no compiler's platforms")
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("num_rows", [1, 3, 64, 65])
 def test_products_of_other_platforms(num_rows, scheme, platform, monkeypatch):

@@ -20,6 +20,7 @@ import keras_pg2
 from keras_pg2 import _backend, paligemma
 
 _NUMBERS = itertools.cycle(range(12))  # so that a loop until a count of tokens ends
+_steps = []  # of decoding, while one runs
 
 
 class Device(backend_registration._DummyBackendModule):
@@ -34,6 +35,7 @@ def made_up_array(x, dtype=None, copy=None):
 
 
 def made_up_scalar(mode, operation, x):
+    assert not _steps, "a step of decoding waits for the device"
     return {torch.bool: False, torch.int32: 3, torch.int64: 3}.get(x.dtype, 1.0)
 
 
@@ -41,14 +43,36 @@ def imitate():
     backend_registration._setup_privateuseone_for_python_backend("imitated", Device())
     fake_tensor.FakeTensor.__array__ = made_up_array
     fake_tensor.CONSTANT_NUMEL_LIMIT = -1  # numbers have no value either
-    as_tensor = torch.as_tensor  # moves numbers in earnest
-    torch.as_tensor = lambda x, dtype=None, device=None: as_tensor(x, dtype=dtype).to(device)
+    as_tensor = torch.as_tensor
+
+    def moved(x, dtype=None, device=None):  # numbers in earnest
+        assert not _steps or torch.is_tensor(x), f"a step of decoding moves {x} to the device"
+        return as_tensor(x, dtype=dtype).to(device)
+
+    torch.as_tensor = moved
     scalar = torch.ops.aten._local_scalar_dense.default
     fake_impls.op_implementations_dict[scalar] = made_up_scalar
     keras.src.backend.torch.random.torch_seed_generator = lambda seed: None
+    _backend.loop = with_checked_steps(_backend.loop)
     # Threads do not share the imitation well.
     paligemma._Watch.async_safe = False
     _backend.prefetch = lambda function, batches, threads=1: itertools.starmap(function, batches)
+
+
+def with_checked_steps(loop):
+    """The loop, whose steps must neither wait nor copy: a CUDA graph cannot hold that."""
+
+    def checked_loop(step, *args):
+        def checked_step(state):
+            _steps.append(step)
+            try:
+                return step(state)
+            finally:
+                _steps.pop()
+
+        return loop(checked_step, *args)
+
+    return checked_loop
 
 
 def answer(model, picture):
