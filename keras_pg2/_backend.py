@@ -34,6 +34,8 @@ MAX_QUANTIZED_ROWS = {
 MAX_TOKENS = 2048  # whose activations inside an MLP are in memory at a time
 # Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
 MASKED_LOGIT = -2.3819763e38
+_INNER_TILES = 8  # of torch's product of int4 on a GPU
+_INT4_COLUMNS = 16 * _INNER_TILES  # that lie beside each other there
 _KEYS_CAST = 512  # keys, and values, that are cast to float32 at a time where that is faster
 _MIN_GPU_PRODUCT = 10_000_000  # multiplications; XLA takes a smaller product with a vector apart
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
@@ -136,8 +138,12 @@ class Programs:
         if sampler is not None and sampler is not self._sampler:
             self._sampler_programs, self._sampler = {}, sampler
         # These change every program: other variables, and LoRA that is merged or not.
-        merged = [x for x in model._flatten_layers() if getattr(x, "is_merged", False)]
-        content = [*model.variables, *merged]
+        # `model.variables` goes through each layer many times, and this happens for each answer.
+        content = []
+        for layer in model._flatten_layers():
+            content += (*layer._trainable_variables, *layer._non_trainable_variables)
+            if getattr(layer, "is_merged", False):
+                content.append(layer)
         if list(map(id, content)) != list(map(id, self._content)):
             self._programs, self._sampler_programs, self._parts = {}, {}, {}
             self._content = content
@@ -720,6 +726,11 @@ def tf_dataset(batches, sample):
 # Arrays -------------------------------------------------------------------------------------
 
 
+def reshape(x, shape):
+    """`ops.reshape`, which with torch takes longer than most operations on a GPU."""
+    return x.reshape(shape) if BACKEND == "torch" else ops.reshape(x, shape)
+
+
 def read(x, index, length, axis=1):
     """The part of a tensor that begins at `index` of an axis and has `length` there.
 
@@ -1139,7 +1150,7 @@ def int4_product(x, codes, scales, tile):
         x: float (..., C).
         codes: uint8 (C / 2 / G, R, G) as `tile_int4` returns them.
         scales: bfloat16 (groups, R, 2), scales and offsets.
-        tile: int or None, see `int4_tile`.
+        tile: see `int4_tile`.
 
     Returns:
         bfloat16 (..., R), or None.
@@ -1147,20 +1158,19 @@ def int4_product(x, codes, scales, tile):
     if tile is None or not _has_torch_product(x, "int4"):
         return None
     rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]).contiguous(), codes.shape
-    codes = codes.view(num_rows, -1)
-    products = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, scales)
+    if torch.is_tensor(tile):
+        products = torch._weight_int4pack_mm(rows, _as_int4pack(codes), group_size, scales)
+    else:
+        codes = codes.view(num_rows, -1)
+        products = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, scales)
     return products.view(*x.shape[:-1], -1)
 
 
 def _has_torch_product(x, mode):
     """Whether torch has a product of `x` with a quantized matrix that is faster than ours."""
     is_small = has_few_rows(x, MAX_QUANTIZED_ROWS[mode]) and x.dtype == torch.bfloat16
-    return is_small and x.device.type == "cpu" and not torch.is_grad_enabled()
-
-
-def is_on_cuda(x):
-    """Whether a tensor is one of torch on a GPU."""
-    return BACKEND == "torch" and x.is_cuda
+    has_device = x.device.type == "cpu" or mode == "int4"  # that of int8 is slow on a GPU
+    return is_small and has_device and not torch.is_grad_enabled()
 
 
 def has_cuda():
@@ -1168,21 +1178,9 @@ def has_cuda():
     return BACKEND == "torch" and torch.cuda.is_available()
 
 
-def fused(function):
-    """On torch a compiled form of a function of tensors whose passes over memory become one.
-
-    It is compiled once for all shapes, and left as it is where that fails, as on GPUs that
-    torch's compiler does not know.
-    """
-    return function if torch.compiler.is_compiling() else _fused(function)
-
-
-@functools.cache
-def _fused(function):
-    torch._dynamo.config.recompile_limit = 256
-    tuned = {"coordinate_descent_tuning": True}
-    compiled = torch.compile(function, dynamic=True, options=tuned)
-    return torch._dynamo.config.patch(suppress_errors=True)(compiled)
+def is_compiled_for_cuda(x):
+    """Whether torch compiles, for a GPU, the operation on `x` that comes next."""
+    return BACKEND == "torch" and x.is_cuda and torch.compiler.is_compiling()
 
 
 def has_few_rows(x, limit=_MAX_FEW_ROWS):
@@ -1205,16 +1203,22 @@ def by_platform(functions, default, *args):
 
 
 def int4_tile(codes):
-    """How many rows torch's product of int4 wants beside each other in memory.
+    """How torch's product of int4 wants the codes in memory.
 
     Args:
-        codes: uint8 tensor, on the device where the product will run.
+        codes: uint8 tensor (C / 2 / G, R, G), on the device where the product will run.
 
     Returns:
-        int, or None for the plain layout.
+        On a CPU int, how many rows lie beside each other. On a GPU int64 (8, 128), the place of
+        each number of 8 rows and 128 columns among the half bytes that hold them. None for the
+        plain layout.
     """
-    is_on_cpu = BACKEND == "torch" and codes.device.type == "cpu"
-    return _torch_int4_tile() if is_on_cpu else None
+    if BACKEND != "torch" or codes.device.type not in ("cpu", "cuda"):
+        return None
+    if codes.device.type == "cpu":
+        return _torch_int4_tile()
+    is_whole = 2 * codes.shape[0] * codes.shape[2] % _INT4_COLUMNS == 0
+    return _cuda_int4_tile(codes.device) if is_whole else None
 
 
 @functools.cache
@@ -1232,19 +1236,60 @@ def _torch_int4_tile():
     return None
 
 
+@functools.cache
+def _cuda_int4_tile(device):
+    # Each half byte tells a third of its number's own place; so no layout is assumed.
+    numbers = torch.arange(8 * _INT4_COLUMNS, device=device).view(8, _INT4_COLUMNS)
+    random = torch.randint(256, (1, 64, 64), generator=torch.Generator().manual_seed(0))
+    try:
+        found = [_half_bytes(_int4pack((numbers >> bits) & 15)) for bits in (0, 4, 8)]
+        found = found[0].int() | found[1].int() << 4 | found[2].int() << 8
+        tile = torch.argsort(found.flatten()).view(8, _INT4_COLUMNS)
+        codes = tile_int4(random.to(device, torch.uint8), tile)
+        x = torch.eye(8, 2 * codes.shape[2], dtype=torch.bfloat16, device=device)
+        scales = x.new_tensor([0.5, 1.0]).expand(2, 64, 2).contiguous()
+        with torch.inference_mode():
+            products = int4_product(x, codes, scales, tile)
+        expected = (unpack_int4(codes, tile)[:, :8].t().float() - 8) / 2 + 1
+        return tile if torch.equal(products.float(), expected) else None
+    except (AttributeError, RuntimeError):  # an older GPU, say
+        return None
+
+
+def _int4pack(values):
+    """Codes 0 … 15 (R, C) as torch's product on a GPU wants them: uint8 (R, C / 2)."""
+    values = values.to(torch.uint8)
+    packed = torch._convert_weight_to_int4pack(values[:, ::2] << 4 | values[:, 1::2], _INNER_TILES)
+    return packed.view(torch.uint8).view(len(values), -1)
+
+
+def _as_int4pack(codes):
+    """The same bytes, uint8 of any shape (C / 2 / G, R, G), in the shape that the product takes."""
+    shape = (codes.shape[1] // 8, -1, 32, _INNER_TILES // 2)
+    return codes.view(-1).view(torch.int32).view(shape)
+
+
+def _half_bytes(codes):
+    """uint8 (..., 2 · n), 0 … 15, the lower half of each byte first, of uint8 (..., n)."""
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+
+
 def tile_int4(codes, tile):
     """Bytes as torch's product of int4 wants them.
 
     Args:
         codes: uint8 (C / 2 / G, R, G), see `quantization.QuantizedMatrix`.
-        tile: int or None, see `int4_tile`.
+        tile: see `int4_tile`.
 
     Returns:
-        uint8 of the same shape. Of each tile of rows, first the first column, then the second and
-        so on; a byte holds one row of the first half of a tile, and above it one of the second.
+        uint8 of the same shape. On a CPU, of each tile of rows, first the first column, then
+        the second and so on; a byte holds one row of the first half of a tile, and above it one
+        of the second.
     """
     if tile is None:
         return codes
+    if torch.is_tensor(tile):
+        return _int4pack(unpack_int4(codes)).view_as(codes)
     num_rows = codes.shape[1]
     tiled = torch.empty_like(codes)
     targets = tiled.view(num_rows, -1)
@@ -1264,12 +1309,15 @@ def unpack_int4(codes, tile=None):
         values = ops.transpose(ops.stack(halves_of_int4(codes)), (2, 0, 1, 3))
         return ops.reshape(values, (num_rows, -1))
     num_columns = 2 * num_groups * group_size
+    if torch.is_tensor(tile):
+        tiles = _half_bytes(codes.reshape(num_rows // 8, -1, 4 * _INT4_COLUMNS))
+        return tiles[..., tile].transpose(1, 2).reshape(num_rows, num_columns)
     tiles = codes.reshape(-1, num_columns, tile // 2).transpose(1, 2)
     return torch.stack([tiles & 15, tiles >> 4], dim=1).view(-1, num_columns)
 
 
 def decode_int4(codes, scales, tile, dtype):
-    """Rows of a matrix as torch's product of int4 keeps them, for products of many rows.
+    """Rows of a matrix as torch's product of int4 on a CPU keeps them, for many rows of inputs.
 
     Args:
         codes: uint8 (C / 2 / G, R, G) as `tile_int4` returns them.
@@ -1304,7 +1352,7 @@ def take_int4(codes, rows, tile):
     Args:
         codes: uint8 (C / 2 / G, R, G) as `tile_int4` returns them.
         rows: int (...).
-        tile: int or None, see `int4_tile`.
+        tile: see `int4_tile`.
 
     Returns:
         uint8 (..., C), 0 … 15.
@@ -1318,6 +1366,11 @@ def take_int4(codes, rows, tile):
         else:
             found = ops.take(codes, rows, axis=1)
         return ops.reshape(unpack_int4(found), shape)
+    if torch.is_tensor(tile):
+        tiles = codes.view(codes.shape[1] // 8, -1, 4 * _INT4_COLUMNS)
+        found = _half_bytes(tiles[rows // 8])
+        places = tile[rows % 8][..., None, :].expand(*found.shape[:-1], -1)
+        return found.gather(-1, places).reshape(shape)
     num_columns = 2 * codes.shape[0] * codes.shape[2]
     tiles = codes.view(-1, num_columns, tile // 2)
     row = rows % tile

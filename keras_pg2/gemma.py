@@ -84,22 +84,22 @@ class GemmaAttention(DirectCall, layers.Layer):
         """
         config = self.config
         length = ops.shape(x)[1]
-        key = ops.reshape(self.key(x), (-1, length, config.num_kv_heads, config.head_dim))
-        value = ops.reshape(self.value(x), (-1, length, config.num_kv_heads, config.head_dim))
+        key = _backend.reshape(self.key(x), (-1, length, config.num_kv_heads, config.head_dim))
+        value = _backend.reshape(self.value(x), (-1, length, config.num_kv_heads, config.head_dim))
         # Heads first: so TPUs and GPUs want the cache, and would copy any other.
         key = ops.swapaxes(ops.cast(apply_rotary(key, *rotary), self.compute_dtype), 1, 2)
         value = ops.swapaxes(ops.cast(value, self.compute_dtype), 1, 2)
         if output_start:
             x, rotary = x[:, output_start:], [angles[:, output_start:] for angles in rotary]
             length = ops.shape(x)[1]
-        query = ops.reshape(self.query(x), (-1, length, config.num_heads, config.head_dim))
+        query = _backend.reshape(self.query(x), (-1, length, config.num_heads, config.head_dim))
         query = apply_rotary(query, *rotary) * config.query_pre_attn_scalar**-0.5
         return query, key, value
 
     def call(self, query, key, value, attention_mask):
         output = attention(query, key, value, attention_mask, self.config.attn_logit_softcap)
         shape = (-1, ops.shape(output)[1], self.query.units)
-        return self.output_projection(ops.reshape(output, shape))
+        return self.output_projection(_backend.reshape(output, shape))
 
 
 def _gelu_times(gate, up):

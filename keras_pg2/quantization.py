@@ -25,7 +25,7 @@ ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
 _MAX_DECODED = 2**27 if _backend.IS_COMPILED or _backend.has_cuda() else 2**21
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
-_MAX_ROWS_ON_CUDA = 4  # of inputs, for which torch's products read each code, not decoded ones
+_MAX_FUSED_ROWS = 4  # of inputs, for which torch's compiler decodes as it multiplies, on a GPU
 _MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
 
 
@@ -184,9 +184,9 @@ class QuantizedMatrix(keras.layers.Layer):
         if rounded is not None:
             rounded = rounded[..., : self.num_rows]
             return _backend.refined(rounded, x, self.take) if in_float32 else rounded
-        if _backend.is_on_cuda(x) and _backend.has_few_rows(x, _MAX_ROWS_ON_CUDA):
+        if _backend.is_compiled_for_cuda(x) and _backend.has_few_rows(x, _MAX_FUSED_ROWS):
             inputs = ops.reshape(self._padded(x), (-1, self._padded_columns))
-            outputs = _backend.fused(_sums_of_products)(inputs, codes, scales)[:, : self.num_rows]
+            outputs = _sums_of_products(inputs, codes, scales)[:, : self.num_rows]
             outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
             return ops.reshape(outputs, (*x.shape[:-1], self.num_rows))
         if not _backend.IS_COMPILED:
@@ -332,13 +332,13 @@ class QuantizedMatrix(keras.layers.Layer):
             count = min(part.stop, self.num_rows) - part.start
             if self.mode == "int4":
                 packed, part_scales = codes[:, part], scales[:, part]
-                if _backend.is_on_cuda(codes):
-                    values = _backend.fused(_decoded_int4)(packed, part_scales, dtype)
-                elif self._tile is None:
-                    values = self._decode(_backend.unpack_int4(packed), part_scales, dtype)
-                else:  # the bytes of rows lie together
+                if self._tile is not None:  # the bytes of rows lie together
                     packed = codes.view(codes.shape[1], -1)[part].view_as(packed)
+                if isinstance(self._tile, int):
                     values = _backend.decode_int4(packed, part_scales, self._tile, dtype)
+                else:
+                    values = _backend.unpack_int4(packed, self._tile)
+                    values = self._decode(values, part_scales, dtype)
                 yield values[:count, : self.num_columns], None
             elif keras.backend.standardize_dtype(dtype) == "float16":
                 yield self._decode(codes[part], scales[part], dtype), None
@@ -464,7 +464,7 @@ def _after(x, scales):
 
 
 def _sums_of_products(x, codes, scales):
-    """float32 (b, R) of x float (b, C), which torch's compiler makes one pass over the codes."""
+    """float32 (b, R) of x float (b, C), of which a compiler makes one pass over the codes."""
     x = ops.cast(x, "float32")
     if codes.ndim == 2:
         return ops.sum(x[:, None] * ops.cast(codes, "float32"), axis=-1) * scales
@@ -476,15 +476,6 @@ def _sums_of_products(x, codes, scales):
         values = (ops.cast(half, "float32") - 8) * scales[i, ..., 0] + scales[i, ..., 1]
         products = products + x[:, i] * values
     return ops.sum(products, axis=(1, 3))
-
-
-def _decoded_int4(codes, scales, dtype):
-    """float (R, C) of bytes (groups / 2, R, G), likewise."""
-    num_groups, num_rows, _ = codes.shape
-    codes = ops.cast(ops.stack(_backend.halves_of_int4(codes)), dtype)
-    scales = ops.reshape(ops.cast(scales, dtype), (2, num_groups, num_rows, 1, 2))
-    values = (codes - 8) * scales[..., 0] + scales[..., 1]
-    return ops.reshape(ops.transpose(values, (2, 0, 1, 3)), (num_rows, -1))
 
 
 def _times(x, scale, dtype):

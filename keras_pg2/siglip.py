@@ -36,11 +36,11 @@ class SiglipAttention(DirectCall, layers.Layer):
     def call(self, x):
         config = self.config
         heads = (-1, ops.shape(x)[1], config.num_heads, config.head_dim)
-        query = ops.reshape(self.query(x), heads) * config.head_dim**-0.5
-        key = ops.cast(ops.reshape(self.key(x), heads), self.compute_dtype)
-        value = ops.cast(ops.reshape(self.value(x), heads), self.compute_dtype)
+        query = _backend.reshape(self.query(x), heads) * config.head_dim**-0.5
+        key = ops.cast(_backend.reshape(self.key(x), heads), self.compute_dtype)
+        value = ops.cast(_backend.reshape(self.value(x), heads), self.compute_dtype)
         output = attention(query, ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2))
-        return self.output_projection(ops.reshape(output, (-1, ops.shape(x)[1], config.width)))
+        return self.output_projection(_backend.reshape(output, (-1, ops.shape(x)[1], config.width)))
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -166,9 +166,9 @@ class SiglipTower(DirectCall, layers.Layer):
     def call(self, images, training=None):
         config = self.config
         side, patch = config.image_size // config.patch_size, config.patch_size
-        patches = ops.reshape(images, (-1, side, patch, side, patch, 3))
+        patches = _backend.reshape(images, (-1, side, patch, side, patch, 3))
         patches = ops.transpose(patches, (0, 1, 3, 2, 4, 5))
-        patches = ops.reshape(patches, (-1, config.num_tokens, 3 * patch**2))
+        patches = _backend.reshape(patches, (-1, config.num_tokens, 3 * patch**2))
         x = self.patch_embedding(patches)  # (B, P, D)
         x = ops.cast(x, activation_dtype(self.compute_dtype))
         x = x + ops.cast(self.position_embedding, x.dtype)
@@ -183,11 +183,13 @@ class SiglipTower(DirectCall, layers.Layer):
         return (input_shape[0], self.config.num_tokens, self.config.width)
 
 
+class LayerNorm(DirectCall, layers.LayerNormalization):
+    """Keras' layer norm, which normalises in float32."""
+
+
 def _layer_norm(config, name, dtype):
-    # Keras normalises in float32; `autocast=False` keeps a float32 stream from float16 before.
-    return layers.LayerNormalization(
-        epsilon=config.norm_eps, name=name, dtype=dtype, autocast=False
-    )
+    # `autocast=False` keeps a float32 stream from float16 before.
+    return LayerNorm(epsilon=config.norm_eps, name=name, dtype=dtype, autocast=False)
 
 
 def _rematerialized(block):
