@@ -28,7 +28,6 @@ import peers
 CONTESTANTS = [
     [
         ("transformers/torch", 224, 1),
-        ("transformers-compiled/torch", 224, 1),
         ("keras_pg2/torch", 224, 1),
         ("keras_pg2-compiled/torch", 224, 1),
         ("keras_pg2-int4/torch", 224, 1),

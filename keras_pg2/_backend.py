@@ -71,6 +71,7 @@ else:
 
 _state = threading.local()
 _layout_lock, _graph_lock = threading.Lock(), threading.Lock()
+_broken_graphs = []
 _onednn = types.SimpleNamespace(lock=threading.Lock(), num_without=0, was_enabled=None)
 
 
@@ -90,10 +91,11 @@ class Programs:
 
     Attributes:
         compilations: list of str, the name of a program for each time it was traced.
+        makes_graphs: bool, whether torch may record the steps of loops as CUDA graphs.
     """
 
     def __init__(self, compile_steps=False):
-        self.compile_steps = compile_steps
+        self.compile_steps, self.makes_graphs = compile_steps, True
         self.compilations = []
         self._programs, self._sampler_programs, self._parts = {}, {}, {}
         self._content, self._sampler = [], None
@@ -123,12 +125,12 @@ class Programs:
                 def traced(*args):
                     if IS_COMPILED:
                         self.compilations.append(name)
-                    _state.in_program, _state.compile_steps = True, self.compile_steps
+                    _state.in_program, _state.programs = True, self
                     _state.parts = self._parts if in_parts or BACKEND == "jax" else None
                     try:
                         return function(*args)
                     finally:
-                        _state.in_program, _state.parts = False, None
+                        _state.in_program, _state.programs, _state.parts = False, None, None
 
                 updated = [] if sampler is None else sampler.variables
                 programs[name] = _compile(model, traced, updated, donate, in_parts)
@@ -137,16 +139,16 @@ class Programs:
     def _forget_outdated(self, model, sampler):
         if sampler is not None and sampler is not self._sampler:
             self._sampler_programs, self._sampler = {}, sampler
-        # These change every program: other variables, and LoRA that is merged or not.
-        # `model.variables` goes through each layer many times, and this happens for each answer.
-        content = []
-        for layer in model._flatten_layers():
-            content += (*layer._trainable_variables, *layer._non_trainable_variables)
-            if getattr(layer, "is_merged", False):
-                content.append(layer)
+        layers = model._flatten_layers()
+        # Every program depends on these. `model.variables` goes through each layer many times.
+        content = [layer for layer in layers if getattr(layer, "is_merged", False)]
+        content += [x for layer in layers for x in layer._trainable_variables]
+        content += [x for layer in layers for x in layer._non_trainable_variables]
         if list(map(id, content)) != list(map(id, self._content)):
             self._programs, self._sampler_programs, self._parts = {}, {}, {}
             self._content = content
+            # Other layers may wait for the GPU, which a CUDA graph cannot hold.
+            self.makes_graphs = all(map(_is_known, layers))
             if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
                 for variable in model.variables:
                     if variable.name == "kernel":
@@ -199,9 +201,14 @@ def _call_part(parts, method, *args, **kwargs):
     return parts[key]([variable.value for variable in variables], tensors)
 
 
+def _is_known(layer):
+    """Whether it is no layer of a user's own, of which we do not know what it does."""
+    return type(layer).__module__.startswith(("keras.", "keras_pg2."))
+
+
 def _kind(layer):
-    if not type(layer).__module__.startswith(("keras.", "keras_pg2.")):
-        return layer  # a user's own, with attributes that we do not know
+    if not _is_known(layer):
+        return layer  # its attributes may matter
     lora = getattr(layer, "lora", None), getattr(layer, "is_merged", None)
     return type(layer), layer.compute_dtype, *lora
 
@@ -382,24 +389,27 @@ def loop(step, state, max_steps, is_done, num_rows):
 
 
 def _torch_loop(step, state, max_steps, is_done, num_rows):
-    tensors = keras.tree.flatten(state)
-    is_compiled, on_cuda = _state.compile_steps, any(x.is_cuda for x in tensors)
-    if is_compiled:
+    programs, on_cuda = _state.programs, _is_on_cuda(state)
+    if programs.compile_steps:
         step = _torch_compile(step)
         # A tensor made outside of this mode would be another kind of input, compiled anew.
         state = keras.tree.map_structure(lambda x: x if x.is_inference() else x.clone(), state)
     # `matmul` cannot do this inside compiled code.
     without_onednn = _without_onednn_for_one_row(num_rows)
-    with without_onednn if is_compiled and not _HAS_AMX else contextlib.nullcontext():
+    with without_onednn if programs.compile_steps and not _HAS_AMX else contextlib.nullcontext():
         max_steps = int(max_steps)
         for count in range(max_steps):
             # Each look at a GPU costs a wait.
             if (count % 8 == 0 or not on_cuda) and bool(is_done(state)):
                 break
-            if on_cuda and count == 1 and max_steps > 3:
+            if on_cuda and count == 1 and max_steps > 3 and programs.makes_graphs:
                 step = _recorded(step, state)
             state = step(state)
     return state
+
+
+def _is_on_cuda(state):
+    return any(x.is_cuda for x in keras.tree.flatten(state))
 
 
 def _recorded(step, state):
@@ -421,8 +431,9 @@ def _recorded(step, state):
                 _update_in_place(state, step(state))
             finally:
                 graph.capture_end()
-    except Exception as error:  # of a layer that is not ours, say
-        _LOG.warning("Decoding is slow, since it makes no CUDA graph: %s", error)
+    except Exception as error:
+        _LOG.warning("Decoding is slow, since no CUDA graph could be made: %s", error)
+        _broken_graphs.append(graph)  # torch's allocator still refers to it
         return step
 
     def replay(state):
@@ -764,14 +775,7 @@ def write(buffer, values, index, axis=1):
     """
     values = ops.cast(values, buffer.dtype)
     if BACKEND == "torch":
-        buffer = buffer.contiguous()  # a repeated row has no memory of its own
-        length = values.shape[axis]
-        if isinstance(index, int):
-            buffer.narrow(axis, index, length).copy_(values)
-            return buffer
-        # Without a look at the index, which would wait for the device.
-        places = index + torch.arange(length, device=buffer.device)
-        return buffer.index_copy_(axis, places, values)
+        return _torch_write(buffer, values, index, axis)
     # Likewise without axes of length 1, see `loop`.
     axes = [i for i, length in enumerate(buffer.shape) if length != 1 or i == axis]
 
@@ -781,6 +785,17 @@ def write(buffer, values, index, axis=1):
     start = [ops.cast(index if i == axis else 0, "int32") for i in axes]  # jax may have x64
     written = ops.slice_update(squeezed(buffer), start, squeezed(values))
     return ops.reshape(written, ops.shape(buffer))
+
+
+def _torch_write(buffer, values, index, axis):
+    buffer = buffer.contiguous()  # a repeated row has no memory of its own
+    length = values.shape[axis]
+    if isinstance(index, int):
+        buffer.narrow(axis, index, length).copy_(values)
+        return buffer
+    # Without a look at the index, which would wait for the device.
+    places = index + torch.arange(length, device=buffer.device)
+    return buffer.index_copy_(axis, places, values)
 
 
 def write_cache(buffer, values, index):
@@ -879,6 +894,10 @@ def _logits(x, matrix):
     if is_float32 or BACKEND == "tensorflow" or torch.is_grad_enabled():
         x, matrix = ops.cast(x, "float32"), ops.cast(matrix, "float32")
         return ops.matmul(x, ops.transpose(matrix))
+    return _torch_logits(x, matrix)
+
+
+def _torch_logits(x, matrix):
     rows, columns = x.reshape(-1, x.shape[-1]), matrix.t()
     if x.device.type == "cuda":
         logits = torch.mm(rows, columns, out_dtype=torch.float32)
@@ -904,8 +923,10 @@ def matmul(x, kernel):
     Returns:
         float (..., out) in the dtype of `kernel`.
     """
-    if BACKEND == "torch":
-        return _torch_matmul(x, kernel)
+    return _torch_matmul(x, kernel) if BACKEND == "torch" else _xla_matmul(x, kernel)
+
+
+def _xla_matmul(x, kernel):
     x, kernel = ops.cast(x, kernel.dtype), ops.convert_to_tensor(kernel)
     is_small = math.prod(kernel.shape) < _MIN_GPU_PRODUCT
     if BACKEND == "jax" and in_program() and is_small and has_few_rows(x, 1):

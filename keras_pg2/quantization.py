@@ -21,8 +21,8 @@ from keras_pg2 import _backend
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
-# Decoded elements in memory at a time.
-_MAX_DECODED = 2**27 if _backend.IS_COMPILED or _backend.has_cuda() else 2**21
+# Decoded elements in memory at a time, with a compiler and with torch on a GPU or a CPU.
+_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**25 if _backend.has_cuda() else 2**21
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
 _MAX_FUSED_ROWS = 4  # of inputs, for which torch's compiler decodes as it multiplies, on a GPU
@@ -184,7 +184,9 @@ class QuantizedMatrix(keras.layers.Layer):
         if rounded is not None:
             rounded = rounded[..., : self.num_rows]
             return _backend.refined(rounded, x, self.take) if in_float32 else rounded
-        if _backend.is_compiled_for_cuda(x) and _backend.has_few_rows(x, _MAX_FUSED_ROWS):
+        is_plain = self.mode == "int8" or self._tile is None
+        is_few = _backend.has_few_rows(x, _MAX_FUSED_ROWS)
+        if is_plain and is_few and _backend.is_compiled_for_cuda(x):
             inputs = ops.reshape(self._padded(x), (-1, self._padded_columns))
             outputs = _sums_of_products(inputs, codes, scales)[:, : self.num_rows]
             outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)

@@ -8,6 +8,8 @@ import types
 from importlib.metadata import version
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# A GPU adds up in another order than the CPUs for which the bounds are. `test_gpu.py` needs one.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests make the same tiny models again and again: jax compiles each program once a session.

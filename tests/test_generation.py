@@ -1,5 +1,7 @@
+import contextlib
 import functools
 import re
+import types
 
 import keras
 import numpy as np
@@ -644,6 +646,79 @@ def test_empty_prompt_is_allowed(model, image):
 
 
 # Compilation
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Makes torch take this CPU for a GPU, on which a step is recorded and replayed.
+
+    Returns:
+        list, to which a recorded step is added.
+    """
+    steps = []
+
+    def record(step, state):
+        steps.append(step)
+
+        def replay(state):
+            _backend._update_in_place(state, step(state))
+            return state
+
+        return replay
+
+    monkeypatch.setattr(_backend, "_is_on_cuda", lambda state: True)
+    monkeypatch.setattr(_backend, "_recorded", record)
+    return steps
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone records steps")
+@pytest.mark.parametrize("sampler", [Greedy(), Sample(0.8, 50, 0.9), Beam(3)])
+def test_steps_that_write_over_the_state(model, image, sampler, recorded, monkeypatch):
+    options = {"sampler": sampler, "max_new_tokens": 12, "seed": 1, "details": True}
+    answers = model.generate([image] * 3, PROMPTS, **options)
+    assert len(recorded) == 1
+    monkeypatch.undo()
+    for answer, expected in zip(answers, model.generate([image] * 3, PROMPTS, **options)):
+        np.testing.assert_array_equal(answer.token_ids, expected.token_ids)
+        np.testing.assert_array_equal(answer.log_probs, expected.log_probs)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone records steps")
+def test_few_steps_and_layers_of_a_user_are_not_recorded(data, image, recorded):
+    class Norm(type(PaliGemma2.from_preset(data / "hf_tiny_paligemma2").text.final_norm)):
+        pass
+
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2")
+    model.generate(image, PROMPTS[0], max_new_tokens=4)
+    assert not recorded
+    model.generate(image, PROMPTS[0], max_new_tokens=5)
+    assert len(recorded) == 1
+    norm = Norm(1e-6)
+    norm.build((None, model.config.text.width))
+    model.text._tracker.unlock()
+    model.text.final_norm = norm
+    model.generate(image, PROMPTS[0], max_new_tokens=5)
+    assert len(recorded) == 1
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone records steps")
+def test_a_step_that_cannot_be_recorded(model, image, monkeypatch, caplog):
+    import torch
+
+    expected = model.generate(image, PROMPTS[0], max_new_tokens=8, details=True)
+    graph = types.SimpleNamespace(
+        capture_begin=lambda capture_error_mode: None,
+        capture_end=lambda: (_ for _ in ()).throw(RuntimeError("operation not permitted")),
+    )
+    monkeypatch.setattr(_backend, "_is_on_cuda", lambda state: True)
+    monkeypatch.setattr(_backend, "_graph_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(_backend, "_update_in_place", lambda *states: None)
+    answer = model.generate(image, PROMPTS[0], max_new_tokens=8, details=True)
+    np.testing.assert_array_equal(answer.token_ids, expected.token_ids)
+    assert "operation not permitted" in caplog.text
+    assert _backend._broken_graphs.pop() is graph
 
 
 @pytest.mark.slow

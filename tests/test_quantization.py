@@ -116,6 +116,95 @@ def test_products_of_other_platforms(num_rows, scheme, platform, monkeypatch):
     np.testing.assert_allclose(_numpy(layer(x)), expected, atol=1e-4)
 
 
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a way of torch")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_products_that_torch_compiles_for_a_gpu(num_rows, scheme, monkeypatch):
+    monkeypatch.setattr(_backend, "int4_tile", lambda codes: None)
+    layer, _ = _linear((588, 200), "float32", **SCHEMES[scheme])
+    x = np.random.default_rng(1).normal(size=(num_rows, 588)).astype("float32")
+    expected = x @ _numpy(layer.kernel) + _numpy(layer.bias)
+    monkeypatch.setattr(_backend, "is_compiled_for_cuda", lambda x: True)
+    monkeypatch.setattr(layer.quantized, "_multiply_decoded", None)  # another way
+    np.testing.assert_allclose(_in_program(layer, x), expected, atol=1e-4)
+
+
+@pytest.fixture
+def int4_of_a_gpu(monkeypatch):
+    """torch's product of int4 on a GPU, imitated, with its half bytes in some order."""
+    import torch
+
+    order = torch.randperm(8 * 128, generator=torch.Generator().manual_seed(1))
+
+    def pack(codes, inner_tiles):
+        codes = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1)
+        tiles = codes.view(len(codes) // 8, 8, -1, 128).transpose(1, 2).flatten(2)[..., order]
+        packed = (tiles[..., ::2] | tiles[..., 1::2] << 4).contiguous()
+        return packed.view(torch.int32).view(*packed.shape[:2], 32, inner_tiles // 2)
+
+    def multiply(x, packed, group_size, scales):
+        packed = packed.contiguous().view(torch.uint8).flatten(2)
+        tiles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(2)[..., order.argsort()]
+        codes = tiles.view(*tiles.shape[:2], 8, 128).transpose(1, 2).flatten(2).flatten(0, 1)
+        scale, offset = scales.float().permute(2, 1, 0)[..., None]
+        matrix = (codes.view(len(codes), -1, group_size).float() - 8) * scale + offset
+        return (x.float() @ matrix.flatten(1).t()).to(x.dtype)
+
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", pack)
+    monkeypatch.setattr(torch, "_weight_int4pack_mm", multiply)
+    _backend._cuda_int4_tile.cache_clear()
+    yield monkeypatch
+    _backend._cuda_int4_tile.cache_clear()
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a way of torch")
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("shape", [(100, 96), (256, 256), (70, 380)])
+def test_the_layout_of_int4_on_a_gpu(int4_of_a_gpu, shape, group_size):
+    import torch
+
+    tile = _backend._cuda_int4_tile(torch.device("cpu"))
+    assert tile.shape == (8, 128)
+    plain, tiled = (
+        quantization.QuantizedMatrix(*shape, "int4", group_size, dtype="bfloat16") for _ in "ab"
+    )
+    values = np.random.default_rng(0).normal(size=shape).astype("float32")
+    for matrix, layout in ((plain, None), (tiled, tile)):
+        int4_of_a_gpu.setattr(_backend, "int4_tile", lambda codes, layout=layout: layout)
+        matrix.build()
+        matrix.assign(*matrix.encode(values))
+        assert matrix._tile is layout
+    assert torch.equal(tiled.values("float32"), plain.values("float32"))
+    rows = torch.tensor([[3, 9, shape[0] - 1]])
+    assert torch.equal(tiled.take(rows), plain.take(rows))
+    stores = {}, {}
+    plain.save_own_variables(stores[0])
+    tiled.save_own_variables(stores[1])
+    np.testing.assert_array_equal(stores[0]["codes"], stores[1]["codes"])
+    for num_rows in (1, 3, 65):
+        x = torch.randn(num_rows, shape[1], dtype=torch.bfloat16)
+        with torch.inference_mode():
+            product = tiled.multiply(x, in_float32=True)
+        expected = x.float() @ plain.values("float32").t()
+        assert (product - expected).norm() < (0.01 if num_rows > 64 else 1e-5) * expected.norm()
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a way of torch")
+def test_a_gpu_whose_int4_is_not_as_expected(int4_of_a_gpu):
+    import torch
+
+    cpu = torch.device("cpu")
+    int4_of_a_gpu.setattr(torch, "_weight_int4pack_mm", lambda x, packed, *_: x @ x.t())
+    assert _backend._cuda_int4_tile(cpu) is None
+
+    def refuse(*_):
+        raise RuntimeError("needs compute capability 8.0")
+
+    _backend._cuda_int4_tile.cache_clear()
+    int4_of_a_gpu.setattr(torch, "_convert_weight_to_int4pack", refuse)
+    assert _backend._cuda_int4_tile(cpu) is None
+
+
 @pytest.mark.slow  # with XLA's optimizations alone
 @pytest.mark.parametrize("num_rows", [1, 64, 65])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
