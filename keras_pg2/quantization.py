@@ -25,7 +25,6 @@ ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
 _MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**25 if _backend.has_cuda() else 2**21
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
-_MAX_FUSED_ROWS = 4  # of inputs, for which torch's compiler decodes as it multiplies, on a GPU
 _MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
 
 
@@ -184,13 +183,10 @@ class QuantizedMatrix(keras.layers.Layer):
         if rounded is not None:
             rounded = rounded[..., : self.num_rows]
             return _backend.refined(rounded, x, self.take) if in_float32 else rounded
+        is_few = _backend.has_few_rows(x)
         is_plain = self.mode == "int8" or self._tile is None
-        is_few = _backend.has_few_rows(x, _MAX_FUSED_ROWS)
-        if is_plain and is_few and _backend.is_compiled_for_cuda(x):
-            inputs = ops.reshape(self._padded(x), (-1, self._padded_columns))
-            outputs = _sums_of_products(inputs, codes, scales)[:, : self.num_rows]
-            outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
-            return ops.reshape(outputs, (*x.shape[:-1], self.num_rows))
+        if is_few and is_plain and _backend.is_compiled_for_cuda(x):
+            return self._multiply_by_sums(x, codes, scales, in_float32)
         if not _backend.IS_COMPILED:
             return self._multiply_decoded(x, codes, scales, in_float32)
         multiply = self._multiply_int4 if self.mode == "int4" else self._multiply_decoded
@@ -198,9 +194,11 @@ class QuantizedMatrix(keras.layers.Layer):
         if None in x.shape:
             return multiply(x, codes, scales)
         functions = {"cpu": functools.partial(self._multiply_on_cpu, in_float32=in_float32)}
+        if self.mode == "int4":
+            on_cuda = self._multiply_by_sums if is_few else self._multiply_decoded
+            functions["cuda"] = functools.partial(on_cuda, in_float32=in_float32)
         if self.mode == "int4" and math.prod(x.shape[:-1]) == 1:
-            one = functools.partial(self._multiply_one_by_int4, in_float32=in_float32)
-            functions |= {"cuda": one, "tpu": one}
+            functions["tpu"] = functools.partial(self._multiply_one_on_tpu, in_float32=in_float32)
         return _backend.by_platform(functions, multiply, x, codes, scales)
 
     def _multiply_decoded(self, x, codes, scales, in_float32):
@@ -223,12 +221,23 @@ class QuantizedMatrix(keras.layers.Layer):
         outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
         return ops.reshape(outputs[:, : self.num_rows], (*ops.shape(x)[:-1], self.num_rows))
 
-    def _multiply_one_by_int4(self, x, codes, scales, in_float32):
+    def _multiply_one_on_tpu(self, x, codes, scales, in_float32):
         """As `_multiply_int4`, of two rows: with one the units for matrices would stand idle."""
         row = ops.reshape(x, (1, self.num_columns))
         rows = ops.concatenate([row, ops.zeros_like(row)])
         outputs = self._multiply_int4(rows, codes, scales, in_float32)
         return ops.reshape(outputs[:1], (*x.shape[:-1], self.num_rows))
+
+    def _multiply_by_sums(self, x, codes, scales, in_float32):
+        """The product of a few rows as compilers for GPUs read the codes once.
+
+        For a product in the units for matrices they would write the decoded weights before.
+        """
+        inputs = ops.reshape(self._padded(x), (-1, self._padded_columns))
+        rows = ops.split(inputs, inputs.shape[0])
+        outputs = ops.concatenate([_sums_of_products(row, codes, scales) for row in rows])
+        outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
+        return ops.reshape(outputs[:, : self.num_rows], (*x.shape[:-1], self.num_rows))
 
     def _multiply_on_cpu(self, x, codes, scales, in_float32):
         """The product as XLA for CPUs compiles it well: it decodes most matrices into memory."""
@@ -350,8 +359,9 @@ class QuantizedMatrix(keras.layers.Layer):
     def _row_slices(self, x=None):
         """Slices of the rows of `codes`, each of what may be decoded at a time."""
         num_rows = self.scales.shape[1 if self.mode == "int4" else 0]
-        if _backend.IS_COMPILED and x is not None and _backend.has_few_rows(x):
-            return [slice(0, num_rows)]  # decoded inside the product; slices would be copied
+        if self.mode == "int8" and _backend.IS_COMPILED and x is not None:
+            if _backend.has_few_rows(x, _backend.MAX_QUANTIZED_ROWS["int8"]):
+                return [slice(0, num_rows)]  # decoded inside the product; slices would be copied
         step = max(1, _MAX_DECODED // (self.num_columns * ROW_MULTIPLE)) * ROW_MULTIPLE
         starts = range(0, num_rows, step)
         return [slice(start, min(start + step, num_rows)) for start in starts]
@@ -466,18 +476,18 @@ def _after(x, scales):
 
 
 def _sums_of_products(x, codes, scales):
-    """float32 (b, R) of x float (b, C), of which a compiler makes one pass over the codes."""
+    """float32 (1, R) of x float (1, C)."""
     x = ops.cast(x, "float32")
     if codes.ndim == 2:
-        return ops.sum(x[:, None] * ops.cast(codes, "float32"), axis=-1) * scales
+        return ops.sum(x * ops.cast(codes, "float32"), axis=-1)[None] * scales
     num_groups, num_rows, group_size = codes.shape
-    x = ops.reshape(x, (-1, 2, num_groups, 1, group_size))
+    x = ops.reshape(x, (2, num_groups, 1, group_size))
     scales = ops.reshape(ops.cast(scales, "float32"), (2, num_groups, num_rows, 1, 2))
     products = 0.0
     for i, half in enumerate(_backend.halves_of_int4(codes)):
         values = (ops.cast(half, "float32") - 8) * scales[i, ..., 0] + scales[i, ..., 1]
-        products = products + x[:, i] * values
-    return ops.sum(products, axis=(1, 3))
+        products = products + x[i] * values
+    return ops.sum(products, axis=(0, 2))[None]
 
 
 def _times(x, scale, dtype):

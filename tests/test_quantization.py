@@ -118,7 +118,7 @@ def test_products_of_other_platforms(num_rows, scheme, platform, monkeypatch):
 
 @pytest.mark.skipif(_backend.BACKEND != "torch", reason="a way of torch")
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_rows", [1, 8])
 def test_products_that_torch_compiles_for_a_gpu(num_rows, scheme, monkeypatch):
     monkeypatch.setattr(_backend, "int4_tile", lambda codes: None)
     layer, _ = _linear((588, 200), "float32", **SCHEMES[scheme])

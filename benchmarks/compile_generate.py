@@ -1,10 +1,13 @@
-"""Arithmetic and memory traffic of generation on TPUs, by the TPU compiler; no TPU is needed.
+"""Arithmetic and memory traffic of generation on a TPU or GPU, by its compiler; it is not needed.
 
     pip install --no-deps --target TPU "libtpu==0.0.42.*"
-    PYTHONPATH=TPU python benchmarks/tpu_generate.py [--batch 1 64] [--quantize int8]
+    PYTHONPATH=TPU python benchmarks/compile_generate.py [--batch 1 64] [--quantize int8]
+    pip install --no-deps --target GPU "jax-cuda13-plugin==0.10.2" "jax-cuda13-pjrt==0.10.2"
+    PYTHONPATH=GPU python benchmarks/compile_generate.py --device h200
 
-Compiles the two programs of `generate` for 3B on one v5e chip: prefill of the image tokens and 32
-of text, and decoding with a cache for 128 tokens of text, of which the compiler counts one step.
+Compiles the two programs of `generate` for 3B on one v5e chip, or H200: prefill of the image tokens
+and 32 of text, and decoding with a cache for 128 tokens of text, of which the compiler counts one
+step. Without a GPU, XLA chooses among ways of multiplying by estimates, not by trying them.
 Beside the prefill's FLOPs stands the least that the architecture needs, two for each weight and
 token and for each pair of query and key that may see each other; the last block computes keys and
 values alone for image tokens. With `--image-size 896` the prefill has loops, of which the compiler
@@ -41,6 +44,26 @@ from keras_pg2 import _backend, generation
 
 GIB = 2**30
 TEXT_LENGTH, MAX_TEXT_LENGTH = 32, 128
+# What XLA must know of the GPU, as its proto `GpuTargetConfigProto`.
+H200 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200 141GB HBM3e"
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  device_vendor: "NVIDIA Corporation"
+  platform_version: "Compute Capability 9.0a"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048 threads_per_warp: 32
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 l2_cache_size: 52428800
+  device_memory_size: 151397597184 memory_bandwidth: 4800000000000
+}
+"""
 
 
 def least_flops(config, batch_size):
@@ -80,7 +103,8 @@ def hbm_bytes(program):
         if operation in ("copy-start", "slice-start"):  # what arrives, and left HBM
             total += sum(size for size, is_in_hbm in _arrays(type) if not is_in_hbm)
         elif operation == "fusion":
-            total += sum(size for size, is_in_hbm in _arrays(type) if is_in_hbm)
+            written = _arrays(_written_type(computations, type, options))
+            total += sum(size for size, is_in_hbm in written if is_in_hbm)
             for i, operand in enumerate(operands):
                 ((size, is_in_hbm),) = _arrays(types[operand])
                 total += min(size, _sliced_bytes(computations, options, i)) if is_in_hbm else 0
@@ -102,6 +126,16 @@ def _arrays(type):
     ]
 
 
+def _written_type(computations, type, options):
+    """Type of what a fusion writes: a slice, if it updates its operand in place."""
+    instructions = computations[re.search(r"calls=%?([\w.-]+)", options)[1]]
+    *_, (_, _, operation, operands, _) = instructions
+    if operation != "dynamic-update-slice":
+        return type
+    update = re.findall(r"%([\w.-]+)", operands)[1]
+    return next(type for name, type, *_ in instructions if name == update)
+
+
 def _sliced_bytes(computations, options, index):
     """Bytes of a fusion's operand that are read, if slices are all that it is used for."""
     instructions = computations[re.search(r"calls=%?([\w.-]+)", options)[1]]
@@ -115,13 +149,21 @@ def _sliced_bytes(computations, options, index):
             total += _sliced_bytes(computations, options, operands.index(name))
         elif operation in ("slice", "dynamic-slice", "gather"):
             total += sum(size for size, _ in _arrays(type))
-        else:
+        elif operation != "dynamic-update-slice" or name != operands[0]:
             return math.inf
     return total
 
 
-def compile_programs(batch_size, image_size, dtype, mode):
-    device = topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices[0]
+def topology(device):
+    if device == "v5e":
+        return topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu")
+    return topologies.get_topology_desc(
+        topology_name=device, platform="cuda", topology="1x1x1", target_config=H200
+    )
+
+
+def compile_programs(device, batch_size, image_size, dtype, mode):
+    device = topology(device).devices[0]
     config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b", image_size)
     cache_length = config.vision.num_tokens + MAX_TEXT_LENGTH
     with _backend.variables_without_values():
@@ -173,8 +215,9 @@ def compile_programs(batch_size, image_size, dtype, mode):
     weight_bytes = sum(
         math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.text.variables
     )
-    flops = compiled_prefill.cost_analysis()["flops"]
-    num_bytes = compiled_decode.cost_analysis()["bytes accessed"]
+    # XLA for GPUs counts neither.
+    flops = (compiled_prefill.cost_analysis() or {}).get("flops", math.nan)
+    num_bytes = (compiled_decode.cost_analysis() or {}).get("bytes accessed", math.nan)
     moved = hbm_bytes(compiled_decode.as_text())
     memory = compiled_decode.memory_analysis()
     least = least_flops(config, batch_size)
@@ -191,6 +234,7 @@ def compile_programs(batch_size, image_size, dtype, mode):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="v5e", choices=["v5e", "h200"])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64])
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", default="bfloat16")
@@ -204,7 +248,8 @@ def main():
     print(f"| {columns} |")
     print("|---" * 13 + "|", flush=True)
     for batch_size in options.batch:
-        compile_programs(batch_size, options.image_size, options.dtype, options.quantize)
+        arguments = batch_size, options.image_size, options.dtype, options.quantize
+        compile_programs(options.device, *arguments)
 
 
 if __name__ == "__main__":
