@@ -1271,8 +1271,8 @@ class PaliGemma2(keras.Model):
         """Makes `generate` and its like compile what they do for each token, by `torch.compile`.
 
         The first answer of each batch size, cache length and sampler then takes half a minute or
-        more longer. On a CPU it needs a C++ compiler. `save` does not write this setting. jax and
-        tensorflow always compile: there it changes nothing.
+        more longer. On a CPU it needs a C++ compiler, on a GPU Triton and a C compiler. `save`
+        does not write this setting. jax and tensorflow always compile: there it changes nothing.
 
         Args:
             enabled: bool.

@@ -359,9 +359,9 @@ class QuantizedMatrix(keras.layers.Layer):
     def _row_slices(self, x=None):
         """Slices of the rows of `codes`, each of what may be decoded at a time."""
         num_rows = self.scales.shape[1 if self.mode == "int4" else 0]
-        if self.mode == "int8" and _backend.IS_COMPILED and x is not None:
-            if _backend.has_few_rows(x, _backend.MAX_QUANTIZED_ROWS["int8"]):
-                return [slice(0, num_rows)]  # decoded inside the product; slices would be copied
+        may_fuse = self.mode == "int8" and _backend.IS_COMPILED and x is not None
+        if may_fuse and _backend.has_few_rows(x, _backend.MAX_QUANTIZED_ROWS["int8"]):
+            return [slice(0, num_rows)]  # decoded inside the product; slices would be copied
         step = max(1, _MAX_DECODED // (self.num_columns * ROW_MULTIPLE)) * ROW_MULTIPLE
         starts = range(0, num_rows, step)
         return [slice(start, min(start + step, num_rows)) for start in starts]

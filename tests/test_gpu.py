@@ -1,0 +1,70 @@
+"""What torch does on a GPU alone: CUDA graphs, and its product of int4.
+
+CUDA_VISIBLE_DEVICES=0 KERAS_BACKEND=torch python -m pytest tests/test_gpu.py
+"""
+
+import numpy as np
+import pytest
+
+from keras_pg2 import Beam, Greedy, PaliGemma2, Sample, _backend, quantization
+
+pytestmark = pytest.mark.skipif(
+    not _backend.has_cuda(), reason="needs torch and a GPU, which CUDA_VISIBLE_DEVICES names"
+)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """list, to which each step that is recorded adds whether that succeeded."""
+    results, record = [], _backend._recorded
+
+    def counted(step, state):
+        replay = record(step, state)
+        results.append(replay is not step)
+        return replay
+
+    monkeypatch.setattr(_backend, "_recorded", counted)
+    return results
+
+
+@pytest.mark.parametrize("sampler", [Greedy(), Sample(0.8, 50, 0.9), Beam(3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_graphs(data, image, recorded, sampler, dtype, quantize):
+    """The same answers as without them."""
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype, quantize=quantize)
+    options = {"sampler": sampler, "max_new_tokens": 12, "seed": 1, "details": True}
+    prompts = ["caption en", "detect a red ball", "x"]
+    answers = model.generate([image] * 3, prompts, **options)
+    assert recorded == [True]
+    model.programs.makes_graphs = False
+    for answer, expected in zip(answers, model.generate([image] * 3, prompts, **options)):
+        np.testing.assert_array_equal(answer.token_ids, expected.token_ids)
+        np.testing.assert_allclose(answer.log_probs, expected.log_probs, atol=1e-3)
+    assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("shape", [(100, 96), (256, 256), (2048, 2304)])
+def test_int4(shape):
+    """What torch's product takes stands for the same matrix."""
+    import torch
+
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("an older GPU has no such product")
+    matrix = quantization.QuantizedMatrix(*shape, "int4", 64, dtype="bfloat16")
+    matrix.build()
+    values = np.random.default_rng(0).normal(size=shape).astype("float32")
+    codes, scales = matrix.encode(values)
+    matrix.assign(codes.copy(), scales.copy())
+    assert torch.is_tensor(matrix._tile)
+    store = {}
+    matrix.save_own_variables(store)
+    np.testing.assert_array_equal(store["codes"], codes)
+    rows = torch.tensor([[3, 9, shape[0] - 1]], device="cuda")
+    assert torch.equal(matrix.take(rows), matrix.values("float32")[rows])
+    for num_rows in (1, 3, 65):
+        x = torch.randn(num_rows, shape[1], dtype=torch.bfloat16, device="cuda")
+        with torch.inference_mode():
+            product = matrix.multiply(x)
+        expected = x.float() @ matrix.values("float32").t()
+        assert (product.float() - expected).norm() < 0.01 * expected.norm()
