@@ -71,7 +71,7 @@ else:
 
 _state = threading.local()
 _layout_lock, _graph_lock = threading.Lock(), threading.Lock()
-_broken_graphs = []
+_last_graphs, _broken_graphs = {}, []
 _onednn = types.SimpleNamespace(lock=threading.Lock(), num_without=0, was_enabled=None)
 
 
@@ -423,14 +423,18 @@ def _recorded(step, state):
         callable, from that state to itself; or `step`, if it cannot be recorded.
     """
     graph, device = torch.cuda.CUDAGraph(), keras.tree.flatten(state)[0].device
+    stream = torch.cuda.current_stream(device)
     # Not `torch.cuda.graph`, which first waits for all threads and empties the cache of memory.
+    # Instead a graph takes over the memory of the last one, which may run no longer or in turn.
     try:
         with _graph_lock, torch.cuda.stream(_graph_stream(device)):
-            graph.capture_begin(capture_error_mode="thread_local")
+            last = _last_graphs.get(stream)
+            graph.capture_begin(last and last.pool(), capture_error_mode="thread_local")
             try:
                 _update_in_place(state, step(state))
             finally:
                 graph.capture_end()
+            _last_graphs[stream] = graph
     except Exception as error:
         _LOG.warning("Decoding is slow, since no CUDA graph could be made: %s", error)
         _broken_graphs.append(graph)  # torch's allocator still refers to it
@@ -445,8 +449,7 @@ def _recorded(step, state):
 
 def _update_in_place(state, new_state):
     """Writes a state into the memory of an earlier one."""
-    pairs = list(zip(keras.tree.flatten(state), keras.tree.flatten(new_state)))
-    for old, new in pairs:
+    for old, new in zip(keras.tree.flatten(state), keras.tree.flatten(new_state)):
         if old.data_ptr() != new.data_ptr():
             old.copy_(new)
 
@@ -1309,11 +1312,14 @@ def tile_int4(codes, tile):
     """
     if tile is None:
         return codes
-    if torch.is_tensor(tile):
-        return _int4pack(unpack_int4(codes)).view_as(codes)
     num_rows = codes.shape[1]
     tiled = torch.empty_like(codes)
     targets = tiled.view(num_rows, -1)
+    if torch.is_tensor(tile):
+        for start in range(0, num_rows, 8192):  # of what needs little memory
+            part = slice(start, start + 8192)
+            targets[part] = _int4pack(unpack_int4(codes[:, part]))
+        return tiled
     for start in range(0, num_rows, 16 * tile):  # of what fits in a cache
         values = unpack_int4(codes[:, start : start + 16 * tile])
         values = values.view(-1, 2, tile // 2, values.shape[-1])

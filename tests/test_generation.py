@@ -1,7 +1,6 @@
 import contextlib
 import functools
 import re
-import types
 
 import keras
 import numpy as np
@@ -701,24 +700,61 @@ def test_few_steps_and_layers_of_a_user_are_not_recorded(data, image, recorded):
     assert len(recorded) == 1
 
 
-@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone records steps")
-def test_a_step_that_cannot_be_recorded(model, image, monkeypatch, caplog):
-    import torch
+class Graph:
+    """What `_backend._recorded` uses of a CUDA graph."""
 
-    expected = model.generate(image, PROMPTS[0], max_new_tokens=8, details=True)
-    graph = types.SimpleNamespace(
-        capture_begin=lambda capture_error_mode: None,
-        capture_end=lambda: (_ for _ in ()).throw(RuntimeError("operation not permitted")),
-    )
+    pools, error = [], None
+
+    def capture_begin(self, pool, capture_error_mode):
+        self.pools.append(pool)
+
+    def capture_end(self):
+        if self.error:
+            raise self.error
+
+    def pool(self):
+        return self
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    torch = pytest.importorskip("torch")
     monkeypatch.setattr(_backend, "_is_on_cuda", lambda state: True)
     monkeypatch.setattr(_backend, "_graph_stream", lambda device: None)
+    monkeypatch.setattr(_backend, "_last_graphs", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(Graph, "pools", [])
+    return Graph
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone records steps")
+def test_a_step_that_cannot_be_recorded(model, image, graphs, monkeypatch, caplog):
+    options = {"max_new_tokens": 8, "details": True}
+    monkeypatch.setattr(model.programs, "makes_graphs", False)
+    expected = model.generate(image, PROMPTS[0], **options)
+    assert not graphs.pools
+    monkeypatch.setattr(model.programs, "makes_graphs", True)
+    monkeypatch.setattr(graphs, "error", RuntimeError("operation not permitted"))
     monkeypatch.setattr(_backend, "_update_in_place", lambda *states: None)
-    answer = model.generate(image, PROMPTS[0], max_new_tokens=8, details=True)
+    answer = model.generate(image, PROMPTS[0], **options)
     np.testing.assert_array_equal(answer.token_ids, expected.token_ids)
     assert "operation not permitted" in caplog.text
-    assert _backend._broken_graphs.pop() is graph
+    assert isinstance(_backend._broken_graphs.pop(), graphs)
+    assert graphs.pools == [None]
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone records steps")
+def test_a_graph_takes_over_the_memory_of_the_last(graphs):
+    state = {"count": ops.zeros(())}
+    for _ in range(3):
+        _backend._recorded(lambda state: {"count": state["count"] + 1}, state)
+    first, second, third = graphs.pools
+    assert first is None
+    assert second is not third
+    assert third is not _backend._last_graphs[0]
+    assert float(state["count"]) == 3
 
 
 @pytest.mark.slow
