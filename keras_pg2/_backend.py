@@ -551,8 +551,8 @@ def rms_normalize(x, scale, eps):
     there than the computation for one token.
     """
     if BACKEND == "torch":
-        scale = 1.0 + scale.float()
-        return torch.nn.functional.rms_norm(x.float(), scale.shape, scale, eps).to(x.dtype)
+        normalized = torch.nn.functional.rms_norm(x.float(), scale.shape, eps=eps)
+        return torch.addcmul(normalized, normalized, scale).to(x.dtype)
     return ops.rms_normalization(x, 1.0 + ops.cast(scale, "float32"), epsilon=eps)
 
 
