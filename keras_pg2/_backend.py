@@ -438,6 +438,7 @@ def _recorded(step, state):
     except Exception as error:
         _LOG.warning("Decoding is slow, since no CUDA graph could be made: %s", error)
         _broken_graphs.append(graph)  # torch's allocator still refers to it
+        _state.programs.makes_graphs = False
         return step
 
     def replay(state):

@@ -742,7 +742,8 @@ def test_a_step_that_cannot_be_recorded(model, image, graphs, monkeypatch, caplo
     np.testing.assert_array_equal(answer.token_ids, expected.token_ids)
     assert "operation not permitted" in caplog.text
     assert isinstance(_backend._broken_graphs.pop(), graphs)
-    assert graphs.pools == [None]
+    model.generate(image, PROMPTS[0], **options)
+    assert graphs.pools == [None]  # it was tried once
 
 
 @pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone records steps")
