@@ -1,4 +1,4 @@
-"""Arithmetic and memory traffic of generation on a TPU or GPU, by its compiler; it is not needed.
+"""Arithmetic and memory traffic of generation on a TPU or GPU, by its compiler, without the device.
 
     pip install --no-deps --target TPU "libtpu==0.0.42.*"
     PYTHONPATH=TPU python benchmarks/compile_generate.py [--batch 1 64] [--quantize int8]

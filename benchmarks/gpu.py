@@ -67,8 +67,9 @@ class Contestant:
             text=True,
         )
         self._errors = []
-        threading.Thread(target=lambda: self._errors.extend(self._process.stderr)).start()
-        self._reader = threading.Thread(target=self._get_ready)
+        errors = self._process.stderr
+        threading.Thread(target=lambda: self._errors.extend(errors), daemon=True).start()
+        self._reader = threading.Thread(target=self._get_ready, daemon=True)
         self._reader.start()
 
     def _get_ready(self):
@@ -79,16 +80,26 @@ class Contestant:
         """Waits until it is ready; stops it if it failed or the time of the deadline has come."""
         self._reader.join(max(0, deadline - time.time()))
         if self.ready is None:
-            self._process.kill()
-            print(f"{self.label} did not get ready: {''.join(self._errors[-1:]).strip()}")
+            self._give_up("did not get ready")
         return self.ready is not None
 
     def measure(self):
+        if self._process.poll() is not None:
+            return
         print(file=self._process.stdin, flush=True)
-        self.runs.append(json.loads(self._process.stdout.readline()))
+        line = self._process.stdout.readline()
+        if line:
+            self.runs.append(json.loads(line))
+        else:
+            self._give_up("failed")
+
+    def _give_up(self, what):
+        self._process.kill()
+        self._process.wait()
+        print(f"{self.label} {what}: {''.join(self._errors[-1:]).strip()}")
 
     def stop(self):
-        self._process.stdin.close()
+        self._process.kill()
         self._process.wait()
 
 
@@ -147,6 +158,8 @@ def read_rate():
 
 def show(contestants, weights, rate):
     for contestant in contestants:
+        if not contestant.runs:
+            continue
         cells = [contestant.label]
         for field in ("first", "token"):
             median, least, most = peers.spread(contestant.runs, field)

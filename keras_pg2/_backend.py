@@ -37,7 +37,7 @@ MASKED_LOGIT = -2.3819763e38
 _INNER_TILES = 8  # of torch's product of int4 on a GPU
 _INT4_COLUMNS = 16 * _INNER_TILES  # that lie beside each other there
 _KEYS_CAST = 512  # keys, and values, that are cast to float32 at a time where that is faster
-_MIN_GPU_PRODUCT = 10_000_000  # multiplications; XLA takes a smaller product with a vector apart
+_MIN_GPU_PRODUCT = 10_000_000  # of smaller matrices, times a vector, XLA writes the products
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
@@ -71,7 +71,7 @@ else:
 
 _state = threading.local()
 _layout_lock, _graph_lock = threading.Lock(), threading.Lock()
-_last_graphs, _broken_graphs = {}, []
+_broken_graphs = []
 _onednn = types.SimpleNamespace(lock=threading.Lock(), num_without=0, was_enabled=None)
 
 
@@ -92,10 +92,11 @@ class Programs:
     Attributes:
         compilations: list of str, the name of a program for each time it was traced.
         makes_graphs: bool, whether torch may record the steps of loops as CUDA graphs.
+        graphs: dict of a stream to the last CUDA graph on it, whose memory the next takes over.
     """
 
     def __init__(self, compile_steps=False):
-        self.compile_steps, self.makes_graphs = compile_steps, True
+        self.compile_steps, self.makes_graphs, self.graphs = compile_steps, True, {}
         self.compilations = []
         self._programs, self._sampler_programs, self._parts = {}, {}, {}
         self._content, self._sampler = [], None
@@ -142,8 +143,8 @@ class Programs:
         layers = model._flatten_layers()
         # Every program depends on these. `model.variables` goes through each layer many times.
         content = [layer for layer in layers if getattr(layer, "is_merged", False)]
-        content += [x for layer in layers for x in layer._trainable_variables]
-        content += [x for layer in layers for x in layer._non_trainable_variables]
+        for kind in ("_trainable_variables", "_non_trainable_variables", "_seed_generators"):
+            content += [x for layer in layers for x in getattr(layer, kind)]
         if list(map(id, content)) != list(map(id, self._content)):
             self._programs, self._sampler_programs, self._parts = {}, {}, {}
             self._content = content
@@ -402,7 +403,7 @@ def _torch_loop(step, state, max_steps, is_done, num_rows):
             # Each look at a GPU costs a wait.
             if (count % 8 == 0 or not on_cuda) and bool(is_done(state)):
                 break
-            if on_cuda and count == 1 and max_steps > 3 and programs.makes_graphs:
+            if on_cuda and count == 1 and max_steps > 2 and programs.makes_graphs:
                 step = _recorded(step, state)
             state = step(state)
     return state
@@ -423,23 +424,25 @@ def _recorded(step, state):
         callable, from that state to itself; or `step`, if it cannot be recorded.
     """
     graph, device = torch.cuda.CUDAGraph(), keras.tree.flatten(state)[0].device
-    stream = torch.cuda.current_stream(device)
+    stream, programs = torch.cuda.current_stream(device), _state.programs
+    last = programs.graphs.pop(stream, None)
     # Not `torch.cuda.graph`, which first waits for all threads and empties the cache of memory.
-    # Instead a graph takes over the memory of the last one, which may run no longer or in turn.
+    # Instead a graph takes over the memory of the last one. Both run on one stream, never at once.
     try:
         with _graph_lock, torch.cuda.stream(_graph_stream(device)):
-            last = _last_graphs.get(stream)
+            # Allocates what products of this thread need; a graph would never free it.
+            torch.mm(*torch.ones(2, 1, 1, device=device))
             graph.capture_begin(last and last.pool(), capture_error_mode="thread_local")
             try:
                 _update_in_place(state, step(state))
             finally:
                 graph.capture_end()
-            _last_graphs[stream] = graph
     except Exception as error:
         _LOG.warning("Decoding is slow, since no CUDA graph could be made: %s", error)
-        _broken_graphs.append(graph)  # torch's allocator still refers to it
-        _state.programs.makes_graphs = False
+        _broken_graphs.extend((graph, last))  # torch's allocator still refers to them
+        programs.makes_graphs = False
         return step
+    programs.graphs[stream] = graph
 
     def replay(state):
         graph.replay()
@@ -458,11 +461,7 @@ def _update_in_place(state, new_state):
 @functools.cache
 def _graph_stream(device):
     """A stream on which graphs are recorded."""
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        # Allocates what products on this stream need; else a graph would, and never free it.
-        torch.mm(*torch.ones(2, 1, 1, device=device))
-    return stream
+    return torch.cuda.Stream(device)
 
 
 def repeat(step, count, state):
@@ -940,7 +939,7 @@ def _xla_matmul(x, kernel):
 
 def _times_two_rows(x, kernel):
     """`x @ kernel` of one row. With two, XLA for GPUs writes no products into memory."""
-    row = ops.reshape(x, (1, -1))
+    row = ops.reshape(x, (-1, x.shape[-1]))
     products = ops.matmul(ops.concatenate([row, ops.zeros_like(row)]), kernel)
     return ops.reshape(products[:1], (*x.shape[:-1], kernel.shape[1]))
 
@@ -1180,7 +1179,8 @@ def int4_product(x, codes, scales, tile):
     Returns:
         bfloat16 (..., R), or None.
     """
-    if tile is None or not _has_torch_product(x, "int4"):
+    device = tile.device if torch.is_tensor(tile) else torch.device("cpu")
+    if tile is None or x.device != device or not _has_torch_product(x, "int4"):
         return None
     rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]).contiguous(), codes.shape
     if torch.is_tensor(tile):
@@ -1227,21 +1227,22 @@ def by_platform(functions, default, *args):
     return (functions["cpu"] if is_on_cpu else default)(*args)
 
 
-def int4_tile(codes):
+def int4_tile(codes, dtype):
     """How torch's product of int4 wants the codes in memory.
 
     Args:
         codes: uint8 tensor (C / 2 / G, R, G), on the device where the product will run.
+        dtype: str, of the product.
 
     Returns:
         On a CPU int, how many rows lie beside each other. On a GPU int64 (8, 128), the place of
         each number of 8 rows and 128 columns among the half bytes that hold them. None for the
         plain layout.
     """
-    if BACKEND != "torch" or codes.device.type not in ("cpu", "cuda"):
-        return None
-    if codes.device.type == "cpu":
+    if BACKEND == "torch" and codes.device.type == "cpu":
         return _torch_int4_tile()
+    if BACKEND != "torch" or codes.device.type != "cuda" or dtype != "bfloat16":
+        return None
     is_whole = 2 * codes.shape[0] * codes.shape[2] % _INT4_COLUMNS == 0
     return _cuda_int4_tile(codes.device) if is_whole else None
 
@@ -1263,7 +1264,7 @@ def _torch_int4_tile():
 
 @functools.cache
 def _cuda_int4_tile(device):
-    # Each half byte tells a third of its number's own place; so no layout is assumed.
+    # Packed three times, each with 4 bits of all places, so that no layout is assumed.
     numbers = torch.arange(8 * _INT4_COLUMNS, device=device).view(8, _INT4_COLUMNS)
     random = torch.randint(256, (1, 64, 64), generator=torch.Generator().manual_seed(0))
     try:
@@ -1309,7 +1310,7 @@ def tile_int4(codes, tile):
     Returns:
         uint8 of the same shape. On a CPU, of each tile of rows, first the first column, then
         the second and so on; a byte holds one row of the first half of a tile, and above it one
-        of the second.
+        of the second. On a GPU as `torch._convert_weight_to_int4pack` lays them out.
     """
     if tile is None:
         return codes
@@ -1396,9 +1397,10 @@ def take_int4(codes, rows, tile):
         return ops.reshape(unpack_int4(found), shape)
     if torch.is_tensor(tile):
         tiles = codes.view(codes.shape[1] // 8, -1, 4 * _INT4_COLUMNS)
-        found = _half_bytes(tiles[rows // 8])
-        places = tile[rows % 8][..., None, :].expand(*found.shape[:-1], -1)
-        return found.gather(-1, places).reshape(shape)
+        columns = torch.arange(tiles.shape[1], device=tiles.device)[:, None]
+        places = tile[rows % 8][..., None, :]
+        found = tiles[(rows // 8)[..., None, None], columns, places // 2]
+        return (found >> (4 * (places % 2)).to(torch.uint8) & 15).reshape(shape)
     num_columns = 2 * codes.shape[0] * codes.shape[2]
     tiles = codes.view(-1, num_columns, tile // 2)
     row = rows % tile

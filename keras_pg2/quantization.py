@@ -72,8 +72,8 @@ class QuantizedMatrix(keras.layers.Layer):
         codes: int8 (R, C); or uint8 (groups / 2, R, group size), R rounded up to whole tiles and
             the groups of columns to an even number. The lower half of a byte belongs to one of
             the first half of the groups, the upper half to one of the second: so compilers unpack
-            them inside the product. With torch on a CPU the bytes may lie in memory as its
-            product wants them; in files they lie as said.
+            them inside the product. With torch the bytes may lie in memory as its product
+            wants them; in files they lie as said.
         scales: bfloat16 (R,); or (groups, R, 2), scales and offsets.
 
     Source: what torch's `_weight_int8pack_mm` and `_weight_int4pack_mm` read.
@@ -87,7 +87,8 @@ class QuantizedMatrix(keras.layers.Layer):
     @functools.cached_property
     def _tile(self):
         """See `_backend.int4_tile`. Codes begin as zeros, which are the same in any layout."""
-        return _backend.int4_tile(self.codes.value) if self.mode == "int4" else None
+        is_int4 = self.mode == "int4"
+        return _backend.int4_tile(self.codes.value, self.compute_dtype) if is_int4 else None
 
     def build(self, input_shape=None):
         codes, scales = (self.num_rows, self.num_columns), (self.num_rows,)
@@ -116,7 +117,7 @@ class QuantizedMatrix(keras.layers.Layer):
         """Sets codes and scales, NumPy arrays as in files, which must not be used again."""
         codes = _backend.from_numpy(codes, self.codes.dtype)
         if self.mode == "int4":
-            codes = _backend.tile_int4(codes, _backend.int4_tile(codes))
+            codes = _backend.tile_int4(codes, _backend.int4_tile(codes, self.compute_dtype))
         _backend.set_value(self.codes, codes)
         _backend.set_value(self.scales, _backend.from_numpy(scales, "bfloat16"))
 
@@ -164,11 +165,12 @@ class QuantizedMatrix(keras.layers.Layer):
         )
 
     def save_own_variables(self, store):
-        codes = ops.convert_to_numpy(self.codes)
-        if self._tile is not None:
-            codes = ops.convert_to_numpy(_backend.unpack_int4(self.codes.value, self._tile))
-            codes = _packed(codes, self.group_size)
-        store["codes"] = codes
+        codes = self.codes.value
+        if self._tile is None:
+            store["codes"] = ops.convert_to_numpy(codes)
+        else:
+            codes = ops.convert_to_numpy(_backend.unpack_int4(codes, self._tile))
+            store["codes"] = _packed(codes, self.group_size)
         store["scales"] = self.scales
 
     def load_own_variables(self, store):
@@ -349,7 +351,8 @@ class QuantizedMatrix(keras.layers.Layer):
                     values = _backend.decode_int4(packed, part_scales, self._tile, dtype)
                 else:
                     values = _backend.unpack_int4(packed, self._tile)
-                    values = self._decode(values, part_scales, dtype)
+                    exact = "float32" if _backend.IS_COMPILED else dtype  # it costs no pass there
+                    values = ops.cast(self._decode(values, part_scales, exact), dtype)
                 yield values[:count, : self.num_columns], None
             elif keras.backend.standardize_dtype(dtype) == "float16":
                 yield self._decode(codes[part], scales[part], dtype), None

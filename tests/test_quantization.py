@@ -120,7 +120,7 @@ def test_products_of_other_platforms(num_rows, scheme, platform, monkeypatch):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("num_rows", [1, 8])
 def test_products_that_torch_compiles_for_a_gpu(num_rows, scheme, monkeypatch):
-    monkeypatch.setattr(_backend, "int4_tile", lambda codes: None)
+    monkeypatch.setattr(_backend, "int4_tile", lambda codes, dtype: None)
     layer, _ = _linear((588, 200), "float32", **SCHEMES[scheme])
     x = np.random.default_rng(1).normal(size=(num_rows, 588)).astype("float32")
     expected = x @ _numpy(layer.kernel) + _numpy(layer.bias)
@@ -170,7 +170,7 @@ def test_the_layout_of_int4_on_a_gpu(int4_of_a_gpu, shape, group_size):
     )
     values = np.random.default_rng(0).normal(size=shape).astype("float32")
     for matrix, layout in ((plain, None), (tiled, tile)):
-        int4_of_a_gpu.setattr(_backend, "int4_tile", lambda codes, layout=layout: layout)
+        int4_of_a_gpu.setattr(_backend, "int4_tile", lambda codes, dtype, layout=layout: layout)
         matrix.build()
         matrix.assign(*matrix.encode(values))
         assert matrix._tile is layout
