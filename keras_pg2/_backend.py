@@ -208,10 +208,9 @@ def _is_known(layer):
 
 
 def _kind(layer):
-    if not _is_known(layer):
-        return layer  # its attributes may matter
     lora = getattr(layer, "lora", None), getattr(layer, "is_merged", None)
-    return type(layer), layer.compute_dtype, *lora
+    # Attributes of a layer that is not known may matter.
+    return (type(layer), layer.compute_dtype, *lora) if _is_known(layer) else layer
 
 
 def _compile_jax(model, function, updated, donate, in_parts):
@@ -1179,9 +1178,10 @@ def int4_product(x, codes, scales, tile):
     Returns:
         bfloat16 (..., R), or None.
     """
-    device = tile.device if torch.is_tensor(tile) else torch.device("cpu")
-    if tile is None or x.device != device or not _has_torch_product(x, "int4"):
+    if tile is None or not _has_torch_product(x, "int4"):
         return None
+    if x.device != (tile.device if torch.is_tensor(tile) else torch.device("cpu")):
+        return None  # the model was moved
     rows, (_, num_rows, group_size) = x.reshape(-1, x.shape[-1]).contiguous(), codes.shape
     if torch.is_tensor(tile):
         products = torch._weight_int4pack_mm(rows, _as_int4pack(codes), group_size, scales)

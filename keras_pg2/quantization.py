@@ -351,8 +351,7 @@ class QuantizedMatrix(keras.layers.Layer):
                     values = _backend.decode_int4(packed, part_scales, self._tile, dtype)
                 else:
                     values = _backend.unpack_int4(packed, self._tile)
-                    exact = "float32" if _backend.IS_COMPILED else dtype  # it costs no pass there
-                    values = ops.cast(self._decode(values, part_scales, exact), dtype)
+                    values = self._decode(values, part_scales, dtype)
                 yield values[:count, : self.num_columns], None
             elif keras.backend.standardize_dtype(dtype) == "float16":
                 yield self._decode(codes[part], scales[part], dtype), None
