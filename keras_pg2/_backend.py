@@ -38,6 +38,10 @@ _INNER_TILES = 8  # of torch's product of int4 on a GPU
 _INT4_COLUMNS = 16 * _INNER_TILES  # that lie beside each other there
 _KEYS_CAST = 512  # keys, and values, that are cast to float32 at a time where that is faster
 _MIN_GPU_PRODUCT = 10_000_000  # of smaller matrices, times a vector, XLA writes the products
+_MAX_LOGITS = 2**20  # of a head and example, in memory at a time
+# The same of all heads and examples with torch on a CPU, where larger memory than 32 MiB goes back
+# to the system when it is freed, and is cleared page by page when it is taken again.
+_MAX_CPU_LOGITS = 2**22
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
@@ -529,10 +533,11 @@ def equal_part(length, max_length):
 
 
 def rotate(x, cos, sin):
-    """Rotates the pairs `(j, j + H / 2)` of the last axis, see `attention.apply_rotary`.
+    """Rotates the pairs `(j, j + H / 2)` of each head of float (B, T, N, H), in float32.
 
-    torch, run eagerly, takes half as many operations for whole rows as for halves. By halves a
-    training step of 3B needs 0.2 GiB less on a TPU, by its compiler.
+    `cos` and `sin` are those of `attention.rotary_angles`. torch, run eagerly, takes half as many
+    operations for whole rows as for halves. By halves a training step of 3B needs 0.2 GiB less on
+    a TPU, by its compiler.
     """
     half = x.shape[-1] // 2
     if BACKEND == "torch":
@@ -553,6 +558,38 @@ def rms_normalize(x, scale, eps):
         normalized = torch.nn.functional.rms_norm(x.float(), scale.shape, eps=eps)
         return torch.addcmul(normalized, normalized, scale).to(x.dtype)
     return ops.rms_normalization(x, 1.0 + ops.cast(scale, "float32"), epsilon=eps)
+
+
+def torch_layer_norm(x, layer):
+    """As Keras' layer norm `layer`: computed in float32, rounded once, without casts of its own."""
+    weights = layer.gamma.value, layer.beta.value
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], *weights, eps=layer.epsilon)
+
+
+def has_fused_attention(query, key):
+    """Whether torch attends without soft cap, and with no logits in memory, faster than we do."""
+    if BACKEND != "torch" or key.shape[1] not in (1, query.shape[2]):
+        return False
+    return not (torch.is_grad_enabled() and _is_slow(query))  # of which the gradient is slow
+
+
+def fused_attention(query, key, value, mask):
+    """`attention.attention` without soft cap, see `has_fused_attention`."""
+    if mask is not None:  # added: a row with no visible key gives no NaN, see MASKED_LOGIT
+        lowest = max(MASKED_LOGIT, torch.finfo(query.dtype).min)
+        mask = (~mask[:, None]).to(query.dtype) * lowest
+    heads = (-1, query.shape[2], -1, -1)
+    operands = query.transpose(1, 2), key.expand(heads), value.expand(heads)
+    output = torch.nn.functional.scaled_dot_product_attention(*operands, mask, scale=1.0)
+    return output.transpose(1, 2)
+
+
+def max_queries(query, key):
+    """How many queries' logits may be in memory at a time; shapes as in `attention.attention`."""
+    limit = _MAX_LOGITS
+    if BACKEND == "torch" and query.device.type == "cpu":
+        limit = min(limit, _MAX_CPU_LOGITS // (query.shape[0] * query.shape[2]))
+    return max(1, limit // key.shape[2]) if isinstance(key.shape[2], int) else math.inf
 
 
 def torch_attention(query, key, value, mask, logit_softcap):
@@ -587,15 +624,7 @@ def torch_attention(query, key, value, mask, logit_softcap):
 
 
 def attention_logits(query, key):
-    """Products of queries and keys.
-
-    Args:
-        query: float (B, T, K, G, H).
-        key: float (B, K, S, H).
-
-    Returns:
-        float32 (B, K, G, T, S).
-    """
+    """Products float32 (B, K, G, T, S) of queries (B, T, K, G, H) and keys (B, K, S, H)."""
     if BACKEND == "tensorflow" and query.shape[1] == 1 and _is_tf_on_cpu():
         return _logits_of_one(query, key)
     return einsum_float32("btkgh,bksh->bkgts", query, key)
@@ -764,16 +793,9 @@ def read(x, index, length, axis=1):
 
 
 def write(buffer, values, index, axis=1):
-    """Writes `values` into `buffer` at `index` of an axis, in place where the backend can.
+    """Writes `values`, cast, into `buffer` at `index` of an axis, in place where the backend can.
 
-    Args:
-        buffer: tensor.
-        values: tensor of its shape but for `axis`, cast to the dtype of `buffer`.
-        index: int or int32 scalar tensor.
-        axis: int.
-
-    Returns:
-        tensor of the shape of `buffer`, which must not be used again.
+    The index is an int or int32 scalar. `buffer` must not be used again, but what is returned.
     """
     values = ops.cast(values, buffer.dtype)
     if BACKEND == "torch":
@@ -842,15 +864,7 @@ def einsum(equation, x, y):
 
 
 def einsum_float32(equation, x, y):
-    """`ops.einsum` with a float32 result, which jax does not round before.
-
-    Args:
-        equation: str.
-        x, y: float tensors of one dtype.
-
-    Returns:
-        float32 tensor.
-    """
+    """`ops.einsum` of float tensors of one dtype, in float32; jax does not round before."""
     if BACKEND == "jax":
         return jnp.einsum(equation, x, y, preferred_element_type="float32")
     adds_up_in_float16 = BACKEND == "tensorflow" and ops.dtype(x) == "float16"  # on a CPU
@@ -916,14 +930,9 @@ def _torch_logits(x, matrix):
 
 
 def matmul(x, kernel):
-    """`ops.matmul(x, kernel)`, faster on torch and a CPU for few rows, or in a slow dtype.
+    """`ops.matmul` of float (..., in) and a kernel (in, out), in the dtype of the kernel.
 
-    Args:
-        x: float (..., in).
-        kernel: variable or tensor (in, out).
-
-    Returns:
-        float (..., out) in the dtype of `kernel`.
+    On torch and a CPU it is faster for few rows, and in a slow dtype.
     """
     return _torch_matmul(x, kernel) if BACKEND == "torch" else _xla_matmul(x, kernel)
 

@@ -9,14 +9,9 @@ Pure functions of tensors. Axis letters, here and in every docstring of the pack
                                                  I image side in pixels
 """
 
-import math
-
 from keras import ops
 
 from keras_pg2 import _backend
-
-# Above this many logits per head and example, queries are processed in chunks.
-_MAX_LOGITS = 1024 * 1024
 
 
 def block_ids(suffix_mask):
@@ -111,19 +106,6 @@ def rotary_angles(positions, head_dim, base):
     return ops.concatenate([cos, cos], axis=-1), ops.concatenate([-sin, sin], axis=-1)
 
 
-def apply_rotary(x, cos, sin):
-    """Rotates the pairs `(j, j + H / 2)` of each head.
-
-    Args:
-        x: float (B, T, N, H).
-        cos, sin: float32 (B, T, 1, H), from `rotary_angles`.
-
-    Returns:
-        float32 (B, T, N, H).
-    """
-    return _backend.rotate(x, cos, sin)
-
-
 def attention(query, key, value, mask=None, logit_softcap=None):
     """Grouped-query attention with optional logit soft-capping.
 
@@ -140,15 +122,16 @@ def attention(query, key, value, mask=None, logit_softcap=None):
     Source: big_vision `models/ppp/gemma.py`, `Attention.__call__`.
     """
     query = ops.cast(query, key.dtype)
+    if logit_softcap is None and _backend.has_fused_attention(query, key):
+        return _backend.fused_attention(query, key, value, mask)
     function = _backend.recomputed(
         lambda key, value, query, mask=None: _attention(query, key, value, mask, logit_softcap)
     )
     # Long prefixes (896 px has 4,096 image tokens) would need gigabytes of logits.
-    is_known = isinstance(key.shape[2], int)
     return _backend.in_chunks(
         lambda *args: function(key, value, *args),
         [query] if mask is None else [query, mask],
-        max_length=max(1, _MAX_LOGITS // key.shape[2]) if is_known else math.inf,
+        max_length=_backend.max_queries(query, key),
     )
 
 

@@ -6,7 +6,7 @@ import keras
 from keras import activations, layers, ops
 
 from keras_pg2 import _backend
-from keras_pg2.attention import apply_rotary, attention, rotary_angles
+from keras_pg2.attention import attention, rotary_angles
 from keras_pg2.linear import DirectCall, Linear, StepSeed, TokenEmbedding
 
 
@@ -87,13 +87,13 @@ class GemmaAttention(DirectCall, layers.Layer):
         key = _backend.reshape(self.key(x), (-1, length, config.num_kv_heads, config.head_dim))
         value = _backend.reshape(self.value(x), (-1, length, config.num_kv_heads, config.head_dim))
         # Heads first: so TPUs and GPUs want the cache, and would copy any other.
-        key = ops.swapaxes(ops.cast(apply_rotary(key, *rotary), self.compute_dtype), 1, 2)
+        key = ops.swapaxes(ops.cast(_backend.rotate(key, *rotary), self.compute_dtype), 1, 2)
         value = ops.swapaxes(ops.cast(value, self.compute_dtype), 1, 2)
         if output_start:
             x, rotary = x[:, output_start:], [angles[:, output_start:] for angles in rotary]
             length = ops.shape(x)[1]
         query = _backend.reshape(self.query(x), (-1, length, config.num_heads, config.head_dim))
-        query = apply_rotary(query, *rotary) * config.query_pre_attn_scalar**-0.5
+        query = _backend.rotate(query, *rotary) * config.query_pre_attn_scalar**-0.5
         return query, key, value
 
     def call(self, query, key, value, attention_mask):

@@ -186,6 +186,11 @@ class SiglipTower(DirectCall, layers.Layer):
 class LayerNorm(DirectCall, layers.LayerNormalization):
     """Keras' layer norm, which normalises in float32."""
 
+    def call(self, inputs):
+        if _backend.IS_COMPILED or inputs.dtype != self.gamma.value.dtype:
+            return super().call(inputs)
+        return _backend.torch_layer_norm(inputs, self)
+
 
 def _layer_norm(config, name, dtype):
     # `autocast=False` keeps a float32 stream from float16 before.

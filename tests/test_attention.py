@@ -3,9 +3,7 @@ import pytest
 from keras import ops
 
 from keras_pg2 import _backend
-from keras_pg2 import attention as attention_module
 from keras_pg2.attention import (
-    apply_rotary,
     attention,
     attention_mask,
     block_ids,
@@ -95,7 +93,7 @@ def test_rotary_embedding_by_hand():
             second * np.cos(angles) + first * np.sin(angles),
         ]
     )
-    rotated = ops.convert_to_numpy(apply_rotary(x, cos, sin))[0, 0, 0]
+    rotated = ops.convert_to_numpy(_backend.rotate(x, cos, sin))[0, 0, 0]
     np.testing.assert_allclose(rotated, expected, rtol=1e-6)
 
 
@@ -104,7 +102,7 @@ def test_rotary_angles_are_float32(dtype):
     cos, _ = rotary_angles(np.array([[257, 258]]), head_dim=4, base=10_000.0)
     assert ops.dtype(cos) == "float32"
     x = ops.ones((1, 2, 1, 4), dtype)
-    assert ops.dtype(apply_rotary(x, cos, cos)) == "float32"
+    assert ops.dtype(_backend.rotate(x, cos, cos)) == "float32"
 
 
 def _reference(query, key, value, mask, softcap):
@@ -124,16 +122,16 @@ def _reference(query, key, value, mask, softcap):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("max_logits", [1024 * 1024, 22])  # 22: chunks of 2 queries
-@pytest.mark.parametrize("length", [1, 5, 6])
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 3), (5, 3), (6, 3), (1, 1), (6, 1), (6, 6)])
 @pytest.mark.parametrize("in_program", [False, True])
 def test_attention_agrees_with_a_loop(
-    monkeypatch, softcap, max_logits, length, in_program, run_in_program
+    monkeypatch, softcap, max_logits, length, kv_heads, in_program, run_in_program
 ):
-    monkeypatch.setattr(attention_module, "_MAX_LOGITS", max_logits)
+    monkeypatch.setattr(_backend, "_MAX_LOGITS", max_logits)
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, length, 6, 4)).astype("float32")
-    key = rng.normal(size=(2, 11, 3, 4)).astype("float32")
-    value = rng.normal(size=(2, 11, 3, 4)).astype("float32")
+    key = rng.normal(size=(2, 11, kv_heads, 4)).astype("float32")
+    value = rng.normal(size=(2, 11, kv_heads, 4)).astype("float32")
     mask = rng.random((2, length, 11)) < 0.6
     mask[:, :, 0] = True
     heads_first = (key.swapaxes(1, 2), value.swapaxes(1, 2))
@@ -160,6 +158,53 @@ def test_lengths_without_a_divisor_are_padded(run_in_program):
     output = chunked(*map(ops.convert_to_tensor, (x, x[..., :1])))
     np.testing.assert_allclose(ops.convert_to_numpy(output), x + 2 * x[..., :1], atol=1e-6)
     assert set(lengths) == {1317}
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a function of torch")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_without_soft_cap_torch_keeps_no_logits(monkeypatch, dtype, is_training, is_slow):
+    import torch
+
+    calls, fused = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(_backend, "_is_slow", lambda x: is_slow)
+    monkeypatch.setattr(_backend, "_MAX_LOGITS", 1)  # of no effect
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape) for shape in ((2, 5, 6, 8), (2, 1, 7, 8), (2, 1, 7, 8))]
+    mask = np.arange(7) < np.array([[[7]] * 5, [[4]] * 5])
+    query, key, value = (torch.tensor(x).to(getattr(torch, dtype)) for x in arrays)
+    query.requires_grad = key.requires_grad = is_training
+    with torch.set_grad_enabled(is_training):
+        output = attention(query, key, value, torch.tensor(mask))
+    assert len(calls) == (not (is_training and is_slow))
+    query, key, value = (x.detach().double().numpy() for x in (query, key, value))
+    expected = _reference(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, None)
+    assert ops.dtype(output) == dtype
+    tolerance = {"float32": 1e-6, "bfloat16": 0.02, "float16": 0.003}[dtype]
+    np.testing.assert_allclose(ops.convert_to_numpy(output.float()), expected, atol=tolerance)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a limit of torch")
+def test_torch_keeps_few_logits_on_a_cpu(monkeypatch):
+    lengths, attend = [], _backend.torch_attention
+
+    def counted(query, *args):
+        lengths.append(query.shape[1])
+        return attend(query, *args)
+
+    monkeypatch.setattr(_backend, "torch_attention", counted)
+    monkeypatch.setattr(_backend, "_MAX_CPU_LOGITS", 2 * 4 * 10 * 3)
+    key = ops.ones((2, 2, 10, 8))
+    with _backend.torch.inference_mode():
+        attention(ops.ones((2, 7, 4, 8)), key, key, logit_softcap=50.0)
+    assert lengths == [3, 3, 1]
 
 
 @pytest.mark.skipif(_backend.BACKEND != "jax", reason="looks at what jax compiles")

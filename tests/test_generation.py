@@ -8,7 +8,6 @@ import pytest
 from keras import ops
 
 from keras_pg2 import Beam, Generation, Greedy, PaliGemma2, Sample, _backend
-from keras_pg2 import attention as attention_module
 from keras_pg2 import generation as generation_module
 from keras_pg2.attention import attention
 from keras_pg2.gemma import GemmaBlock
@@ -99,7 +98,7 @@ def test_long_prefixes_are_read_in_parts(model, image, monkeypatch):
     whole = model.generate([image, image[::-1]], PROMPTS[:2], **options)
     monkeypatch.setattr(model, "programs", _backend.Programs())
     monkeypatch.setattr(_backend, "MAX_TOKENS", 3)
-    monkeypatch.setattr(attention_module, "_MAX_LOGITS", 64)
+    monkeypatch.setattr(_backend, "_MAX_LOGITS", 64)
     parts = model.generate([image, image[::-1]], PROMPTS[:2], **options)
     for answer, expected in zip(parts, whole):
         assert answer.token_ids.tolist() == expected.token_ids.tolist()

@@ -9,7 +9,8 @@ from keras import ops
 
 from keras_pg2 import PaliGemma2, _backend
 from keras_pg2.attention import attention
-from keras_pg2.linear import Linear
+from keras_pg2.linear import Linear, activation_dtype
+from keras_pg2.siglip import LayerNorm
 
 # Root mean square of the error of the logits, relative to that of the logits. The tiny weights are
 # random and amplify rounding: transformers' own bfloat16 has 0.06 on one example of theirs.
@@ -53,6 +54,27 @@ def test_bfloat16_is_about_as_close_as_transformers(data):
     )[0, -len(expected) :]
     # One example, and rounding is luck: other orders of summation give 0.7 to 1.6.
     assert _rms(logits - expected) < 2 * _rms(theirs - expected)
+
+
+@pytest.mark.parametrize("policy", ["float32", *BOUNDS])
+def test_layer_norms_are_computed_in_float32(policy, run_in_program):
+    layer = LayerNorm(epsilon=1e-6, dtype=policy, autocast=False)
+    layer.build((None, 64))
+    rng = np.random.default_rng(0)
+    for variable in layer.weights:
+        variable.assign(rng.normal(size=64))
+    gamma, beta = (ops.convert_to_numpy(ops.cast(v, "float32")) for v in layer.weights)
+    dtype = activation_dtype(layer.compute_dtype)
+    x = ops.cast(300 + rng.normal(size=(2, 5, 64)), dtype)  # in 16 bits the mean would swallow it
+    exact = ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
+    centered = exact - exact.mean(axis=-1, keepdims=True)
+    normalized = centered / np.sqrt(exact.var(axis=-1, keepdims=True) + 1e-6)
+    output = run_in_program(layer.__call__)(x)
+    # Rounded once, as what the policy computes in.
+    epsilon = {"float32": 2**-12, "bfloat16": 2**-8, "float16": 2**-11}[layer.compute_dtype]
+    expected = normalized * gamma + beta
+    output = ops.convert_to_numpy(ops.cast(output, "float32"))
+    assert np.all(np.abs(output - expected) <= 1e-3 + epsilon * np.abs(expected))
 
 
 def _scale(model, path, factor):
