@@ -31,7 +31,6 @@ MAX_QUANTIZED_ROWS = {
     "tensorflow": {"int8": 64, "int4": 16},
     "torch": {"int8": 16, "int4": 64},
 }.get(BACKEND)
-MAX_TOKENS = 2048  # whose activations inside an MLP are in memory at a time
 # Finite, so that a row with no visible key gives a uniform softmax instead of NaN.
 MASKED_LOGIT = -2.3819763e38
 _INNER_TILES = 8  # of torch's product of int4 on a GPU
@@ -42,6 +41,7 @@ _MAX_LOGITS = 2**20  # of a head and example, in memory at a time
 # The same of all heads and examples with torch on a CPU, where larger memory than 32 MiB goes back
 # to the system when it is freed, and is cleared page by page when it is taken again.
 _MAX_CPU_LOGITS = 2**22
+_MAX_NORMALIZED = 2**20  # elements of an RMS norm there, so that they stay in a cache
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
@@ -68,6 +68,11 @@ else:
         f"Received: KERAS_BACKEND={BACKEND!r}. Set the environment variable KERAS_BACKEND "
         "(or the field `backend` of ~/.keras/keras.json) before the first import of keras."
     )
+
+
+# Tokens whose activations inside an MLP are in memory at a time; fewer on a CPU with torch, for the
+# same reason as _MAX_CPU_LOGITS.
+MAX_TOKENS = 768 if BACKEND == "torch" and not torch.cuda.is_available() else 2048
 
 
 # Compiled programs --------------------------------------------------------------------------
@@ -485,23 +490,29 @@ def repeat(step, count, state):
     return ops.fori_loop(0, count, step, state)
 
 
-def in_chunks(function, tensors, max_length):
-    """`function(*tensors)`, with a part of axis 1 at a time, which bounds memory.
+def in_chunks(function, tensors, max_length, shared=()):
+    """`function(*shared, *tensors)`, with a part of axis 1 at a time, which bounds memory.
 
     Args:
-        function: callable, from tensors to one of the shape and dtype of the first of them.
+        function: callable, from tensors to one of the shape and dtype of the first of `tensors`.
         tensors: list of tensors of one length along axis 1.
         max_length: int, of a part.
+        shared: list of tensors that each part needs as a whole.
     """
     length = tensors[0].shape[1]
+    if isinstance(length, int) and length > max_length and BACKEND == "torch":
+        shared = [x.contiguous() for x in shared]  # or products would copy them for each part
+    function = functools.partial(function, *shared)
     if not isinstance(length, int) or length <= max_length:
         return function(*tensors)
     return (_looped if IS_COMPILED and in_program() else _unrolled)(function, tensors, max_length)
 
 
 def _unrolled(function, tensors, max_length):
-    starts = range(0, tensors[0].shape[1], max_length)
-    parts = [[x[:, start : start + max_length] for x in tensors] for start in starts]
+    length = tensors[0].shape[1]
+    part_length = -(-length // -(-length // max_length))  # no short part at the end
+    starts = range(0, length, part_length)
+    parts = [[x[:, start : start + part_length] for x in tensors] for start in starts]
     return ops.concatenate([function(*part) for part in parts], axis=1)
 
 
@@ -555,9 +566,15 @@ def rms_normalize(x, scale, eps):
     there than the computation for one token.
     """
     if BACKEND == "torch":
-        normalized = torch.nn.functional.rms_norm(x.float(), scale.shape, eps=eps)
-        return torch.addcmul(normalized, normalized, scale).to(x.dtype)
+        is_long = x.device.type == "cpu" and x.ndim == 3
+        length = max(1, _MAX_NORMALIZED // (x.shape[0] * x.shape[2])) if is_long else math.inf
+        return in_chunks(functools.partial(_torch_rms_normalize, scale, eps), [x], length)
     return ops.rms_normalization(x, 1.0 + ops.cast(scale, "float32"), epsilon=eps)
+
+
+def _torch_rms_normalize(scale, eps, x):
+    normalized = torch.nn.functional.rms_norm(x.float(), scale.shape, eps=eps)
+    return torch.addcmul(normalized, normalized, scale).to(x.dtype)
 
 
 def torch_layer_norm(x, layer):
@@ -874,17 +891,10 @@ def einsum_float32(equation, x, y):
 
 
 def matmul_transposed_float32(x, matrix):
-    """`x @ matrix.T` without rounding the result to the dtype of the operands.
+    """float32 `x @ matrix.T` of float (..., D) and (V, D), not rounded to the dtype of these.
 
     The vocabulary has 257,152 logits, and bfloat16 tells only 22 values above 20 apart. With
     torch on a CPU those of a few rows are rounded but for the largest, see `refined`.
-
-    Args:
-        x: float (..., D).
-        matrix: float (V, D), not copied as a whole.
-
-    Returns:
-        float32 (..., V).
     """
     is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
     if is_float32 and in_program() and has_few_rows(x) and math.prod(x.shape[:-1]) > 1:
@@ -956,12 +966,13 @@ def _torch_matmul(x, kernel):
     is_variable = isinstance(kernel, keras.Variable)
     matrix = kernel.value if is_variable else kernel
     x = x.to(matrix.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # for some of the positions torch would copy the matrix
     if torch.is_grad_enabled():
-        is_slow = _is_slow(x) and not torch.compiler.is_compiling()
-        return _product_for_training(x, matrix) if is_slow else ops.matmul(x, matrix)
+        if _is_slow(x) and not torch.compiler.is_compiling():
+            return _product_for_training(x, matrix)
+        return ops.matmul(rows, matrix).view(*x.shape[:-1], -1)
     if x.device.type != "cpu" or x.dtype == torch.float32:
-        return torch.matmul(x, matrix)
-    rows = x.reshape(-1, x.shape[-1])
+        return torch.matmul(rows, matrix).view(*x.shape[:-1], -1)
     is_few = len(rows) <= (_MAX_FEW_ROWS if _has_tiles(x) or _is_slow(x) else 1)
     if is_variable and not torch.compiler.is_compiling():
         if is_few:
@@ -970,7 +981,8 @@ def _torch_matmul(x, kernel):
             matrix = matrix.detach()
     if _is_in_float32(rows):
         return _times_in_float32(rows, matrix).to(x.dtype).view(*x.shape[:-1], -1)
-    return _few_times(x, matrix) if is_few else torch.matmul(x, matrix)
+    product = _few_times(rows, matrix) if is_few else torch.matmul(rows, matrix)
+    return product.view(*x.shape[:-1], -1)
 
 
 def _has_tiles(x):

@@ -129,9 +129,10 @@ def attention(query, key, value, mask=None, logit_softcap=None):
     )
     # Long prefixes (896 px has 4,096 image tokens) would need gigabytes of logits.
     return _backend.in_chunks(
-        lambda *args: function(key, value, *args),
+        function,
         [query] if mask is None else [query, mask],
         max_length=_backend.max_queries(query, key),
+        shared=[key, value],
     )
 
 

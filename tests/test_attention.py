@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -205,6 +206,40 @@ def test_torch_keeps_few_logits_on_a_cpu(monkeypatch):
     with _backend.torch.inference_mode():
         attention(ops.ones((2, 7, 4, 8)), key, key, logit_softcap=50.0)
     assert lengths == [3, 3, 1]
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="looks at what torch copies")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_parts_of_a_sequence_copy_no_kernel(dtype, is_training):
+    import torch
+    from torch.profiler import profile
+
+    kernel = keras.Variable(np.ones((48, 96)), dtype=dtype)
+    x = ops.ones((1, 40, 48), dtype)
+    with profile(record_shapes=True) as profiled, torch.set_grad_enabled(is_training):
+        output = _backend.in_chunks(lambda x: _backend.matmul(x, kernel), [x], 16)
+    assert output.shape == (1, 40, 96)
+    shapes = [shape for event in profiled.events() for shape in event.input_shapes or ()]
+    assert [14, 48] in shapes  # equal parts: 14, 14 and 12
+    assert [1, 48, 96] not in shapes  # the kernel, copied for a product of batches
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="looks at what torch copies")
+def test_keys_are_laid_out_once_for_all_parts():
+    seen = []
+
+    def function(key, x):
+        seen.append(key)
+        return x + key.sum()
+
+    key = ops.swapaxes(ops.ones((1, 7, 2, 4)), 1, 2)
+    _backend.in_chunks(function, [ops.ones((1, 5, 3))], 2, shared=[key])
+    assert len(seen) == 3
+    assert all(x is seen[0] for x in seen)
+    assert seen[0].is_contiguous()
+    _backend.in_chunks(function, [ops.ones((1, 5, 3))], 5, shared=[key])
+    assert seen[3] is key  # of a single part a copy would take longer than it saves
 
 
 @pytest.mark.skipif(_backend.BACKEND != "jax", reason="looks at what jax compiles")

@@ -77,6 +77,25 @@ def test_layer_norms_are_computed_in_float32(policy, run_in_program):
     assert np.all(np.abs(output - expected) <= 1e-3 + epsilon * np.abs(expected))
 
 
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone takes parts")
+@pytest.mark.parametrize("shape", [(3, 7, 8), (21, 8), (3, 1, 8)])
+def test_rms_norms_of_parts_are_those_of_the_whole(monkeypatch, shape):
+    x = ops.cast(np.random.default_rng(0).normal(size=shape), "bfloat16")
+    scale = ops.cast(np.linspace(-1, 1, 8), "bfloat16")
+    expected = _backend.rms_normalize(x, scale, 1e-6)
+    parts, normalize = [], _backend._torch_rms_normalize
+
+    def recorded(scale, eps, x):
+        parts.append(x.shape)
+        return normalize(scale, eps, x)
+
+    monkeypatch.setattr(_backend, "_torch_rms_normalize", recorded)
+    monkeypatch.setattr(_backend, "_MAX_NORMALIZED", 3 * 2 * 8)
+    output = _backend.rms_normalize(x, scale, 1e-6)
+    assert len(parts) == (4 if shape == (3, 7, 8) else 1)
+    np.testing.assert_array_equal(output.float().numpy(), expected.float().numpy())
+
+
 def _scale(model, path, factor):
     variable = model.variables_by_path()[path]
     variable.assign(ops.cast(variable, "float32") * factor)
