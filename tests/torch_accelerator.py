@@ -17,7 +17,7 @@ from torch._subclasses import fake_impls, fake_tensor
 from torch.utils import backend_registration
 
 import keras_pg2
-from keras_pg2 import _backend, paligemma
+from keras_pg2 import _backend
 
 _NUMBERS = itertools.cycle(range(12))  # so that a loop until a count of tokens ends
 _steps = []  # of decoding, while one runs
@@ -54,8 +54,8 @@ def imitate():
     fake_impls.op_implementations_dict[scalar] = made_up_scalar
     keras.src.backend.torch.random.torch_seed_generator = lambda seed: None
     _backend.loop = with_checked_steps(_backend.loop)
-    # Threads do not share the imitation well.
-    paligemma._Watch.async_safe = False
+    # Threads cannot share the imitation: what one computes fails within an operation of another.
+    keras.callbacks.CallbackList._async_dispatch = lambda self, function, *args: function(*args)
     _backend.prefetch = lambda function, batches, threads=1: itertools.starmap(function, batches)
 
 
