@@ -1184,6 +1184,12 @@ class PaliGemma2(keras.Model):
         ((prepared,),) = data.arrays()
         return prepared
 
+    def make_train_function(self, force=False):
+        if self.optimizer is not None and not self.optimizer.built:
+            # Else the first step makes the slots, for which TensorFlow traces all of it twice.
+            self.optimizer.build(self.trainable_variables)
+        return super().make_train_function(force)
+
     def _purge_model_variables(self, **kwargs):
         # With jax, Keras would take the values from the variables while it trains, and an error
         # would lose them. It saves no memory: steps reuse that of the values.
