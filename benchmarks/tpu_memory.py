@@ -39,18 +39,21 @@ LENGTH, IMAGE_SIZE = 128, 224
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A training step to compile: LoRA in bfloat16 on a chip, or everything on eight chips."""
+    """A training step to compile: LoRA on a chip, or everything on eight chips."""
 
     batch_size: int
     remat: bool = False
     is_peer: bool = False
     is_full: bool = False
+    quantize: str | None = None
 
 
 ROWS = {
     "keras_hub-lora-4": Row(4, is_peer=True),
     "lora-4": Row(4),
     "lora-4-remat": Row(4, remat=True),
+    "lora-4-remat-int8": Row(4, remat=True, quantize="int8"),
+    "lora-4-remat-int4": Row(4, remat=True, quantize="int4"),
     "lora-48-remat": Row(48, remat=True),
     "full-8-remat": Row(8, remat=True, is_full=True),
 }
@@ -60,6 +63,8 @@ def our_model(row, config):
     with _backend.variables_without_values():
         dtype = "mixed_bfloat16" if row.is_full else "bfloat16"
         model = keras_pg2.PaliGemma2(config, dtype=dtype)
+        if row.quantize:
+            model.quantize(row.quantize)
     if not row.is_full:
         model.enable_lora(4, pattern="(query|value)$")
     if row.remat:
