@@ -364,6 +364,16 @@ def test_single_batches(tokenizer, columns):
         model.test_on_batch(x, class_weight={0: 1})
 
 
+@pytest.mark.skipif(_backend.BACKEND != "tensorflow", reason="torch traces nothing, jax once")
+def test_a_step_is_traced_once(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile("adamw")
+    step, traces = model.train_step, []
+    model.train_step = lambda data: traces.append(data) or step(data)
+    model.fit(columns, batch_size=5, epochs=2, verbose=0)
+    assert len(traces) == 1
+
+
 @pytest.mark.slow
 def test_the_loss_is_that_of_full_logits(tokenizer, columns):
     """fit's loss equals Keras' own cross-entropy over all logits."""
