@@ -664,10 +664,14 @@ def recomputed(function):
     For what is cheap to compute and large to keep: norms, gates, attention probabilities.
     Only jax and a compiler gain from it, so elsewhere the function stays what it is.
     """
-    if BACKEND != "jax":
-        return function
+    return functools.partial(_call_recomputed, function) if BACKEND == "jax" else function
+
+
+def _call_recomputed(function, *args):
+    if _is_eager(args):
+        return function(*args)
     # A function of its own each time: jax remembers the trace of one, and what it closed over.
-    return jax.checkpoint(lambda *args: function(*args))
+    return jax.checkpoint(lambda *args: function(*args))(*args)
 
 
 def with_gradients(function):
@@ -741,9 +745,14 @@ def with_gradients(function):
     return unpack
 
 
-def needs_gradients():
-    """Whether gradients may be asked for. Compilers leave out by themselves what is not used."""
-    return BACKEND != "torch" or torch.is_grad_enabled()
+def needs_gradients(*tensors):
+    """Whether gradients of the tensors, or of what made them, may be asked for."""
+    return torch.is_grad_enabled() if BACKEND == "torch" else not _is_eager(tensors)
+
+
+def _is_eager(tensors):
+    """Whether jax computes with the tensors at once, neither compiling nor differentiating."""
+    return BACKEND == "jax" and not any(isinstance(x, jax.core.Tracer) for x in tensors)
 
 
 def prefetch(function, batches, threads=1):
@@ -1240,9 +1249,11 @@ def by_platform(functions, default, *args):
     Args:
         functions: dict of "cpu" or, for jax alone, "cuda" and "tpu" to callables.
         default: callable, for all other platforms, and with torch.
-        *args: tensors, what it is called with.
+        *args: tensors, what it is called with; the last is a weight.
     """
     if BACKEND == "jax":
+        if _is_eager(args) and all(x.platform == "cpu" for x in args[-1].devices()):
+            return functions.get("cpu", default)(*args)  # XLA would compile its choice each time
         return jax.lax.platform_dependent(*args, **functions, default=default)
     is_on_cpu = BACKEND == "tensorflow" and _is_tf_on_cpu()
     return (functions["cpu"] if is_on_cpu else default)(*args)

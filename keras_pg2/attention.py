@@ -137,7 +137,7 @@ def attention(query, key, value, mask=None, logit_softcap=None):
 
 
 def _attention(query, key, value, mask, logit_softcap):
-    if not _backend.IS_COMPILED and not _backend.needs_gradients():
+    if not _backend.IS_COMPILED and not _backend.needs_gradients(query, key, value):
         return _backend.torch_attention(query, key, value, mask, logit_softcap)
     num_heads, head_dim = query.shape[2:]
     num_kv_heads = key.shape[1]

@@ -65,7 +65,7 @@ def token_losses(
     targets, weights = ops.pad(targets, padding), ops.pad(weights, padding)
     other = label_smoothing / (vocab_size - 1)  # probability of each token but the target
     dtype = embeddings.dtype
-    is_differentiable = _backend.needs_gradients()
+    is_differentiable = _backend.needs_gradients(hidden, embeddings)
     train_embeddings = train_embeddings and is_differentiable
 
     def chunk_losses(embeddings, hidden, targets, weights):

@@ -498,8 +498,8 @@ def test_mixed_precision_keeps_the_codebook_in_float32():
 
 
 def test_training():
-    masks = train_codec.inside_boxes(train_codec.shape_masks(64, seed=0))
-    codec = train_codec.train(masks, epochs=15, batch_size=16, learning_rate=5e-3, **SMALL)
+    masks = train_codec.inside_boxes(train_codec.shape_masks(32, seed=0))
+    codec = train_codec.train(masks, epochs=12, batch_size=8, learning_rate=5e-3, **SMALL)
     losses = codec.history.history["loss"]
     assert losses[-1] < 0.9 * losses[0]
     keras.utils.set_random_seed(0)
