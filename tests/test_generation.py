@@ -11,6 +11,7 @@ from keras_pg2 import Beam, Generation, Greedy, PaliGemma2, Sample, _backend
 from keras_pg2 import generation as generation_module
 from keras_pg2.attention import attention
 from keras_pg2.gemma import GemmaBlock
+from tests.conftest import logits_of
 
 PROMPTS = ["caption en", "ocr", "answer en what is in the image?"]
 
@@ -24,14 +25,8 @@ def greedy_reference(model, inputs, num_tokens):
     suffix_mask = np.pad(inputs["suffix_mask"], added, constant_values=True)
     log_probs = []
     for position in range(length, length + num_tokens):
-        logits = model(
-            {
-                "images": inputs["images"],
-                "token_ids": token_ids,
-                "padding_mask": padding_mask,
-                "suffix_mask": suffix_mask,
-            }
-        )
+        masks = {"padding_mask": padding_mask, "suffix_mask": suffix_mask}
+        logits = logits_of(model, {"images": inputs["images"], "token_ids": token_ids, **masks})
         last = ops.convert_to_numpy(ops.log_softmax(logits, axis=-1))[0, position - 1]
         log_probs.append(last.max())
         token_ids[0, position] = last.argmax()
@@ -51,7 +46,7 @@ def test_cached_equals_uncached(model, image, response):
     np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_cached_equals_uncached_if_quantized(data, image, mode):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32", quantize=mode)
     inputs = model.preprocessor.for_generation([[image]], ["caption en"])

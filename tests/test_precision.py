@@ -11,6 +11,7 @@ from keras_pg2 import PaliGemma2, _backend
 from keras_pg2.attention import attention
 from keras_pg2.linear import Linear, activation_dtype
 from keras_pg2.siglip import LayerNorm
+from tests.conftest import logits_of
 
 # Root mean square of the error of the logits, relative to that of the logits. The tiny weights are
 # random and amplify rounding: transformers' own bfloat16 has 0.06 on one example of theirs.
@@ -22,9 +23,9 @@ def _rms(x):
 
 
 def _logits(model, inputs):
-    logits = model(inputs)
-    assert ops.dtype(logits) == "float32"
-    return ops.convert_to_numpy(logits)[inputs["padding_mask"]]
+    logits = logits_of(model, inputs)
+    assert logits.dtype == "float32"
+    return logits[inputs["padding_mask"]]
 
 
 @pytest.mark.parametrize("checkpoint", ["hf_tiny_paligemma1", "hf_tiny_paligemma2"])
@@ -43,15 +44,12 @@ def test_bfloat16_is_about_as_close_as_transformers(data):
     theirs = np.load(golden / "expected_bfloat16_compute.npz")["logits_from_last_prefix"][:, :1664]
     expected = exact["logits_from_last_prefix"][:, :1664]
     model = PaliGemma2.from_preset(golden, dtype="bfloat16")
-    logits = ops.convert_to_numpy(
-        model(
-            {
-                "images": exact["pixel_values"].transpose(0, 2, 3, 1),
-                "token_ids": exact["input_ids"][:, 9:],
-                "suffix_mask": exact["token_type_ids"][:, 9:],
-            }
-        )
-    )[0, -len(expected) :]
+    inputs = {
+        "images": exact["pixel_values"].transpose(0, 2, 3, 1),
+        "token_ids": exact["input_ids"][:, 9:],
+        "suffix_mask": exact["token_type_ids"][:, 9:],
+    }
+    logits = logits_of(model, inputs)[0, -len(expected) :]
     # One example, and rounding is luck: other orders of summation give 0.7 to 1.6.
     assert _rms(logits - expected) < 2 * _rms(theirs - expected)
 
@@ -212,6 +210,7 @@ def _floatx(name):
         keras.config.set_floatx(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "backend", "dtype"),
     [

@@ -400,6 +400,7 @@ def test_loading_is_like_quantizing_later(scheme, inputs, tmp_path):
     assert restored.text.blocks[0].mlp.up.quantized.group_size == (None if scheme == "int8" else 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int4/32"])
 def test_a_batch_answers_as_its_pictures_alone(scheme):
     """The widths are whole pairs of groups of 32, as those of the published models of 128."""
@@ -482,7 +483,7 @@ def test_filters_match_paths(picture):
         model.save_to_preset("nowhere")
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_lora_on_a_quantized_model(mode, picture):
     model = keras_pg2.PaliGemma2.from_preset(TINY, dtype="float32", quantize=mode)
     before = {path: _numpy(v) for path, v in model.variables_by_path().items()}

@@ -3,12 +3,12 @@
 The expected values were computed by those libraries. They must never be adjusted.
 """
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_pg2 import Beam, PaliGemma2
+from tests import conftest
 
 P = 9  # image tokens
 # Of the largest logit, in float32: 5e-4, as the notes on the goldens suggest, of logits to 19.
@@ -27,9 +27,7 @@ CHECKPOINTS = {  # folder or file: (golden, changes of the config)
 
 def logits_of(model, image, token_ids, suffix_mask):
     inputs = {"images": image[None], "token_ids": token_ids[None], "suffix_mask": suffix_mask[None]}
-    # Lengths differ, and each means a program for jax: one of the model, or one of each operation.
-    call = model.predict_on_batch if keras.config.backend() == "jax" else model
-    return ops.convert_to_numpy(call(inputs))[0]
+    return conftest.logits_of(model, inputs)[0]
 
 
 def relative_error(actual, expected):
