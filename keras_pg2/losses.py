@@ -9,6 +9,7 @@ import math
 from keras import ops
 
 from keras_pg2 import _backend
+from keras_pg2.quantization import QuantizedMatrix
 
 # Most logits in memory at a time: 128 MiB in float32, about 130 rows of PaliGemma's vocabulary.
 _MAX_LOGITS = 2**25
@@ -41,12 +42,13 @@ def token_losses(
 
     Args:
         hidden: float (B, T, D), after the final norm; its position t predicts target t.
-        embeddings: float (V, D), in the dtype of the products.
+        embeddings: float (V, D), in the dtype of the products; or a QuantizedMatrix of that shape,
+            which is decoded in parts and has no gradient.
         targets: int32 (B, T). The tokens with a weight come first in each row.
         weights: float32 (B, T), 0 after the last token that counts.
         softcap: float or None; logits become `cap * tanh(logits / cap)`.
         label_smoothing: float in [0, 1).
-        train_embeddings: bool, whether `embeddings` need a gradient.
+        train_embeddings: bool, whether a tensor `embeddings` needs a gradient.
 
     Returns:
         loss: float32 scalar, the sum of weights times cross-entropies. It alone has a gradient.
@@ -55,7 +57,15 @@ def token_losses(
 
     Source: big_vision `trainers/proj/paligemma/train.py`, `loss_fn`.
     """
-    length, vocab_size = hidden.shape[1], embeddings.shape[0]
+    length = hidden.shape[1]
+    if isinstance(embeddings, QuantizedMatrix):
+        vocab_size, dtype = embeddings.num_rows, embeddings.compute_dtype
+        matrix = (embeddings.codes.value, embeddings.scales.value)
+        multiply, multiply_back = embeddings.logits, embeddings.multiply_back
+        train_embeddings = False
+    else:
+        vocab_size, dtype, matrix = embeddings.shape[0], embeddings.dtype, (embeddings,)
+        multiply, multiply_back = _backend.matmul_transposed_float32, _backend.matmul
     # TensorFlow forgets the batch size after it has changed once; symbols have none.
     known_size = hidden.shape[0] if isinstance(hidden.shape[0], int) else None
     chunk = chunk_length(known_size or 64, length, vocab_size)
@@ -64,13 +74,12 @@ def token_losses(
     hidden = ops.pad(hidden, (*padding, (0, 0)))
     targets, weights = ops.pad(targets, padding), ops.pad(weights, padding)
     other = label_smoothing / (vocab_size - 1)  # probability of each token but the target
-    dtype = embeddings.dtype
-    is_differentiable = _backend.needs_gradients(hidden, embeddings)
+    is_differentiable = _backend.needs_gradients(hidden, *matrix)
     train_embeddings = train_embeddings and is_differentiable
 
-    def chunk_losses(embeddings, hidden, targets, weights):
+    def chunk_losses(matrix, hidden, targets, weights):
         """Losses and hits (B, chunk), and the gradients of the losses' weighted sum."""
-        logits = _backend.matmul_transposed_float32(ops.cast(hidden, dtype), embeddings)
+        logits = multiply(ops.cast(hidden, dtype), *matrix)
         slope = None
         if softcap is not None:
             capped = ops.tanh(logits / softcap)
@@ -92,7 +101,7 @@ def token_losses(
             gradient = gradient * slope
         # Weights come last: times 1 / 1,000 the gradients would underflow in float16.
         gradient = ops.cast(gradient, dtype)
-        hidden_gradient = ops.cast(_backend.matmul(gradient, embeddings), "float32")
+        hidden_gradient = ops.cast(multiply_back(gradient, *matrix), "float32")
         hidden_gradient = hidden_gradient * weights[..., None]
         embeddings_gradient = None
         if train_embeddings:
@@ -103,7 +112,7 @@ def token_losses(
             )
         return counts * losses, hits, hidden_gradient, embeddings_gradient
 
-    def all_losses(hidden, embeddings, targets, weights):
+    def all_losses(hidden, targets, weights, *matrix):
         # The rows end early: only chunks with a weight are computed.
         last = ops.max(ops.sum(ops.cast(weights > 0, "int32"), axis=1))
         used_chunks = (last + chunk - 1) // chunk
@@ -111,7 +120,7 @@ def token_losses(
         def step(index, state):
             start = index * chunk
             parts = (_backend.read(x, start, chunk) for x in (hidden, targets, weights))
-            *values, embeddings_gradient = chunk_losses(embeddings, *parts)
+            *values, embeddings_gradient = chunk_losses(matrix, *parts)
             new = {
                 name: _backend.write(state[name], value, start)
                 for name, value in zip(("losses", "hits", "hidden_gradient"), values)
@@ -125,11 +134,11 @@ def token_losses(
         if is_differentiable:
             state["hidden_gradient"] = ops.zeros_like(hidden)
         if train_embeddings:
-            state["embeddings_gradient"] = ops.zeros(embeddings.shape, "float32")
+            state["embeddings_gradient"] = ops.zeros(matrix[0].shape, "float32")
         state = _backend.repeat(step, used_chunks, state)
         loss = ops.sum(weights * state["losses"])
-        gradients = (state.get("hidden_gradient"), state.get("embeddings_gradient"), None, None)
-        return loss, (state["losses"], state["hits"]), gradients
+        gradients = (state.get("hidden_gradient"), None, None, state.get("embeddings_gradient"))
+        return loss, (state["losses"], state["hits"]), (*gradients, None)[: 3 + len(matrix)]
 
-    loss, (losses, hits) = _backend.with_gradients(all_losses)(hidden, embeddings, targets, weights)
+    loss, (losses, hits) = _backend.with_gradients(all_losses)(hidden, targets, weights, *matrix)
     return loss, losses[:, :length], hits[:, :length]

@@ -362,14 +362,15 @@ class PaliGemma2(keras.Model):
         num_tokens = ops.sum(counts, axis=1)
         num_examples = ops.sum(ops.cast(num_tokens > 0, "float32"))
         shares = counts / ops.maximum(num_tokens, 1)[:, None]  # of the mean of an example
+        embedding = self.text.embedding
         loss, losses, is_correct = token_losses(
             _backend.take_rows(hidden, order),
-            self.text.embedding.matrix(),
+            embedding.quantized or embedding.matrix(),
             ops.take_along_axis(ops.cast(token_ids[:, 1:], "int32"), order, axis=1),
             shares / ops.maximum(num_examples, 1),
             softcap=self.config.text.final_logit_softcap,
             label_smoothing=self.label_smoothing,
-            train_embeddings=self.text.embedding.is_trainable,
+            train_embeddings=embedding.is_trainable,
         )
         return {
             "loss": loss,
@@ -389,8 +390,9 @@ class PaliGemma2(keras.Model):
         Returns:
             float32 (B,).
         """
+        embedding = self.text.embedding
         _, losses, _ = token_losses(
-            *(hidden, self.text.embedding.matrix(), token_ids, weights),
+            *(hidden, embedding.quantized or embedding.matrix(), token_ids, weights),
             softcap=self.config.text.final_logit_softcap,
         )
         return -ops.sum(losses, axis=1)

@@ -25,6 +25,7 @@ ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
 _MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**25 if _backend.has_cuda() else 2**21
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
+_MAX_DECODED_BACK = 2**25  # the same in gradients, with a compiler
 _MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
 
 
@@ -139,11 +140,32 @@ class QuantizedMatrix(keras.layers.Layer):
         def product(x, codes, scales):
             def gradient(*args, upstream=None):  # Keras passes it by its name on torch alone
                 upstream = ops.cast(args[0] if upstream is None else upstream, x.dtype)
-                return self._multiply_back(upstream, codes, scales), None, None
+                return self.multiply_back(upstream, codes, scales), None, None
 
             return self._multiply(x, codes, scales, in_float32), gradient
 
         return product(x, *map(ops.convert_to_tensor, (self.codes, self.scales)))
+
+    def logits(self, x, codes, scales):
+        """As `multiply` in float32, of its own codes and scales, but nothing is rounded.
+
+        `multiply_back` is its gradient.
+        """
+        multiply = self._multiply if _backend.IS_COMPILED else self._multiply_decoded
+        return multiply(x, codes, scales, in_float32=True)
+
+    def multiply_back(self, y, codes, scales):
+        """`y` float (..., R) times the matrix, (..., C), of its own codes and scales."""
+        if _backend.IS_COMPILED:
+            return self._multiply_back_in_loop(y, codes, scales)
+        total, start = 0.0, 0
+        for matrix, scale in self._parts(codes, scales, y.dtype):
+            part = y[..., start : start + matrix.shape[0]]
+            part = part if scale is None else _times(part, scale, y.dtype)
+            # A vocabulary has hundreds of parts, whose sum must not be rounded each time.
+            total = total + ops.cast(ops.matmul(part, matrix), "float32")
+            start += matrix.shape[0]
+        return ops.cast(total, y.dtype)
 
     def take(self, rows):
         """float32 (..., C), rows of the matrix by their numbers, int (...)."""
@@ -325,15 +347,41 @@ class QuantizedMatrix(keras.layers.Layer):
         halves = zip(_backend.halves_of_int4(codes), ops.split(scales, 2), ops.split(offsets, 2))
         return [(ops.cast(half, dtype) - 8) * scale + offset for half, scale, offset in halves]
 
-    def _multiply_back(self, y, codes, scales):
-        """`y` float (..., R) times the matrix, (..., C)."""
-        total, start = 0.0, 0
-        for matrix, scale in self._parts(codes, scales, y.dtype):
-            part = y[..., start : start + matrix.shape[0]]
-            part = part if scale is None else _times(part, scale, y.dtype)
-            total = total + ops.matmul(part, matrix)
-            start += matrix.shape[0]
-        return total
+    def _multiply_back_in_loop(self, y, codes, scales):
+        """`multiply_back` by parts in turn; compilers would decode all parts at once."""
+        axis = 1 if self.mode == "int4" else 0
+        num_rows = scales.shape[axis]
+        length = _backend.equal_part(num_rows, max(1, _MAX_DECODED_BACK // self.num_columns))
+        inputs = ops.reshape(y, (-1, self.num_rows))
+        if num_rows > self.num_rows:
+            inputs = ops.pad(inputs, ((0, 0), (0, num_rows - self.num_rows)))
+
+        def step(index, total):
+            start = index * length
+            rows = (_backend.read(array, start, length, axis) for array in (codes, scales))
+            part = _backend.read(inputs, start, length)
+            return total + self._multiply_part_back(part, *rows)
+
+        if length == num_rows:
+            total = self._multiply_part_back(inputs, codes, scales)
+        else:
+            total = ops.zeros((1, self.num_columns)) * ops.cast(inputs[:, :1], "float32")
+            total = _backend.repeat(step, num_rows // length, total)
+        return ops.reshape(ops.cast(total, y.dtype), (*ops.shape(y)[:-1], self.num_columns))
+
+    def _multiply_part_back(self, inputs, codes, scales):
+        """float32 (b, C) of inputs float (b, r) and rows of codes."""
+        dtype = inputs.dtype
+        if self.mode == "int4":
+            halves = self._halves(codes, scales, dtype)
+            halves = [_backend.einsum_float32("br,hrg->bhg", inputs, half) for half in halves]
+            outputs = ops.reshape(ops.concatenate(halves, axis=1), (-1, self._padded_columns))
+            return outputs[:, : self.num_columns]
+        if keras.backend.standardize_dtype(dtype) == "float16":
+            return ops.cast(ops.matmul(inputs, self._decode(codes, scales, dtype)), "float32")
+        return ops.cast(
+            ops.matmul(_times(inputs, scales, dtype), ops.cast(codes, dtype)), "float32"
+        )
 
     def _parts(self, codes, scales, dtype, x=None):
         """The matrix in parts of some rows: float (r, C), and what its products must be scaled by.

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_pg2 import PaliGemma2, _backend, losses
+from keras_pg2 import PaliGemma2, _backend, losses, quantization
 from keras_pg2.checkpoints import names
+from keras_pg2.quantization import QuantizedMatrix
 
 
 def gradients(function, variables):
@@ -70,6 +71,29 @@ def test_chunks_equal_the_plain_loss(monkeypatch, max_logits, label_smoothing, s
     assert value == pytest.approx(expected_value, rel=1e-5)
     for actual, wanted in zip(found, expected):
         np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("max_decoded", [2**25, 12_800])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_embeddings_in_parts(monkeypatch, mode, max_decoded):
+    """As the matrix that they stand for, of 300 rows and 2 groups of 64 columns."""
+    for name in ("_MAX_DECODED", "_MAX_DECODED_BACK"):
+        monkeypatch.setattr(quantization, name, max_decoded)
+    rng = np.random.default_rng(0)
+    matrix = QuantizedMatrix(300, 128, mode, 64, dtype="float32")
+    matrix.build()
+    matrix.assign(*matrix.encode(rng.normal(size=(300, 128))))
+    hidden = keras.Variable(rng.normal(size=(2, 9, 128)).astype("float32"))
+    targets = ops.convert_to_tensor(rng.integers(0, 300, (2, 9)).astype("int32"))
+    weights = ops.convert_to_tensor(np.full((2, 9), 1 / 18, "float32"))
+
+    def loss_of(embeddings):
+        return losses.token_losses(hidden.value, embeddings, targets, weights, softcap=20.0)[0]
+
+    value, (found,) = gradients(lambda: loss_of(matrix), [hidden])
+    expected, (wanted,) = gradients(lambda: loss_of(matrix.values("float32")), [hidden])
+    assert value == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_losses_and_hits():
