@@ -351,22 +351,23 @@ class QuantizedMatrix(keras.layers.Layer):
         """`multiply_back` by parts in turn; compilers would decode all parts at once."""
         axis = 1 if self.mode == "int4" else 0
         num_rows = scales.shape[axis]
-        length = _backend.equal_part(num_rows, max(1, _MAX_DECODED_BACK // self.num_columns))
         inputs = ops.reshape(y, (-1, self.num_rows))
         if num_rows > self.num_rows:
             inputs = ops.pad(inputs, ((0, 0), (0, num_rows - self.num_rows)))
 
-        def step(index, total):
-            start = index * length
+        def part(start, length):
             rows = (_backend.read(array, start, length, axis) for array in (codes, scales))
-            part = _backend.read(inputs, start, length)
-            return total + self._multiply_part_back(part, *rows)
+            return self._multiply_part_back(_backend.read(inputs, start, length), *rows)
 
-        if length == num_rows:
-            total = self._multiply_part_back(inputs, codes, scales)
-        else:
-            total = ops.zeros((1, self.num_columns)) * ops.cast(inputs[:, :1], "float32")
-            total = _backend.repeat(step, num_rows // length, total)
+        max_length = max(1, _MAX_DECODED_BACK // (self.num_columns * ROW_MULTIPLE)) * ROW_MULTIPLE
+        count = -(-num_rows // max_length)
+        first = num_rows - (count - 1) * max_length
+        total = part(0, first)
+        if count > 1:
+            total = _backend.repeat(
+                lambda index, total: total + part(first + index * max_length, max_length),
+                *(count - 1, total),
+            )
         return ops.reshape(ops.cast(total, y.dtype), (*ops.shape(y)[:-1], self.num_columns))
 
     def _multiply_part_back(self, inputs, codes, scales):
