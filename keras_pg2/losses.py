@@ -61,7 +61,7 @@ def token_losses(
     if isinstance(embeddings, QuantizedMatrix):
         vocab_size, dtype = embeddings.num_rows, embeddings.compute_dtype
         matrix = (embeddings.codes.value, embeddings.scales.value)
-        multiply, multiply_back = embeddings.logits, embeddings.multiply_back
+        multiply, multiply_back = embeddings.multiply_unrounded, embeddings.multiply_back
         train_embeddings = False
     else:
         vocab_size, dtype, matrix = embeddings.shape[0], embeddings.dtype, (embeddings,)

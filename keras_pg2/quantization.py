@@ -146,16 +146,33 @@ class QuantizedMatrix(keras.layers.Layer):
 
         return product(x, *map(ops.convert_to_tensor, (self.codes, self.scales)))
 
-    def logits(self, x, codes, scales):
-        """As `multiply` in float32, of its own codes and scales, but nothing is rounded.
+    def multiply_unrounded(self, x, codes, scales):
+        """As `multiply` in float32, without torch's own products, which round.
 
-        `multiply_back` is its gradient.
+        For functions that make their gradient themselves, by `multiply_back`.
+
+        Args:
+            x: float (..., C).
+            codes: tensor, of `self.codes`.
+            scales: tensor, of `self.scales`.
+
+        Returns:
+            float32 (..., R).
         """
         multiply = self._multiply if _backend.IS_COMPILED else self._multiply_decoded
         return multiply(x, codes, scales, in_float32=True)
 
     def multiply_back(self, y, codes, scales):
-        """`y` float (..., R) times the matrix, (..., C), of its own codes and scales."""
+        """`y` times the matrix, which is the gradient of both products.
+
+        Args:
+            y: float (..., R).
+            codes: tensor, of `self.codes`.
+            scales: tensor, of `self.scales`.
+
+        Returns:
+            float (..., C), in the dtype of `y`.
+        """
         if _backend.IS_COMPILED:
             return self._multiply_back_in_loop(y, codes, scales)
         total, start = 0.0, 0
@@ -378,11 +395,11 @@ class QuantizedMatrix(keras.layers.Layer):
             halves = [_backend.einsum_float32("br,hrg->bhg", inputs, half) for half in halves]
             outputs = ops.reshape(ops.concatenate(halves, axis=1), (-1, self._padded_columns))
             return outputs[:, : self.num_columns]
-        if keras.backend.standardize_dtype(dtype) == "float16":
-            return ops.cast(ops.matmul(inputs, self._decode(codes, scales, dtype)), "float32")
-        return ops.cast(
-            ops.matmul(_times(inputs, scales, dtype), ops.cast(codes, dtype)), "float32"
-        )
+        if keras.backend.standardize_dtype(dtype) == "float16":  # see `_parts`
+            matrix = self._decode(codes, scales, dtype)
+        else:
+            inputs, matrix = _times(inputs, scales, dtype), ops.cast(codes, dtype)
+        return ops.cast(ops.matmul(inputs, matrix), "float32")
 
     def _parts(self, codes, scales, dtype, x=None):
         """The matrix in parts of some rows: float (r, C), and what its products must be scaled by.
