@@ -1256,7 +1256,7 @@ def by_platform(functions, default, *args):
             return functions.get("cpu", default)(*args)  # XLA would compile its choice each time
         return jax.lax.platform_dependent(*args, **functions, default=default)
     is_on_cpu = BACKEND == "tensorflow" and _is_tf_on_cpu()
-    return (functions["cpu"] if is_on_cpu else default)(*args)
+    return (functions.get("cpu", default) if is_on_cpu else default)(*args)
 
 
 def int4_tile(codes, dtype):

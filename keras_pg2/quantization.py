@@ -174,7 +174,9 @@ class QuantizedMatrix(keras.layers.Layer):
             float (..., C), in the dtype of `y`.
         """
         if _backend.IS_COMPILED:
-            return self._multiply_back_in_loop(y, codes, scales)
+            on_tpu = functools.partial(self._multiply_back_in_loop, in_parts=False)
+            function = self._multiply_back_in_loop
+            return _backend.by_platform({"tpu": on_tpu}, function, y, codes, scales)
         total, start = 0.0, 0
         for matrix, scale in self._parts(codes, scales, y.dtype):
             part = y[..., start : start + matrix.shape[0]]
@@ -234,7 +236,10 @@ class QuantizedMatrix(keras.layers.Layer):
         multiply = functools.partial(multiply, in_float32=in_float32)
         if None in x.shape:
             return multiply(x, codes, scales)
-        functions = {"cpu": functools.partial(self._multiply_on_cpu, in_float32=in_float32)}
+        functions = {
+            "cpu": functools.partial(self._multiply_on_cpu, in_float32=in_float32),
+            "tpu": functools.partial(multiply, in_parts=False),
+        }
         if self.mode == "int4":
             on_cuda = self._multiply_by_sums if is_few else self._multiply_decoded
             functions["cuda"] = functools.partial(on_cuda, in_float32=in_float32)
@@ -242,21 +247,21 @@ class QuantizedMatrix(keras.layers.Layer):
             functions["tpu"] = functools.partial(self._multiply_one_on_tpu, in_float32=in_float32)
         return _backend.by_platform(functions, multiply, x, codes, scales)
 
-    def _multiply_decoded(self, x, codes, scales, in_float32):
+    def _multiply_decoded(self, x, codes, scales, in_float32, in_parts=True):
         product = _backend.matmul_transposed_float32 if in_float32 else _matmul_transposed
         outputs = []
-        for matrix, scale in self._parts(codes, scales, x.dtype, x):
+        for matrix, scale in self._parts(codes, scales, x.dtype, x, in_parts):
             output = product(x, matrix)
             outputs.append(output if scale is None else _times(output, scale, output.dtype))
         return ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
 
-    def _multiply_int4(self, x, codes, scales, in_float32):
+    def _multiply_int4(self, x, codes, scales, in_float32, in_parts=True):
         """The product by halves of bytes; a compiler decodes as it multiplies."""
         inputs = ops.reshape(x, (-1, self.num_columns))
         if _backend.has_few_rows(x, _backend.MAX_QUANTIZED_ROWS["int4"]):
             outputs = self._multiply_few_by_int4(inputs, codes, scales)
         else:
-            parts = [(codes[:, part], scales[:, part]) for part in self._row_slices()]
+            parts = [(codes[:, part], scales[:, part]) for part in self._row_slices(None, in_parts)]
             outputs = [self._multiply_many_by_int4(inputs, *part) for part in parts]
             outputs = ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
         outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
@@ -364,7 +369,7 @@ class QuantizedMatrix(keras.layers.Layer):
         halves = zip(_backend.halves_of_int4(codes), ops.split(scales, 2), ops.split(offsets, 2))
         return [(ops.cast(half, dtype) - 8) * scale + offset for half, scale, offset in halves]
 
-    def _multiply_back_in_loop(self, y, codes, scales):
+    def _multiply_back_in_loop(self, y, codes, scales, in_parts=True):
         """`multiply_back` by parts in turn; compilers would decode all parts at once."""
         axis = 1 if self.mode == "int4" else 0
         num_rows = scales.shape[axis]
@@ -377,7 +382,7 @@ class QuantizedMatrix(keras.layers.Layer):
             return self._multiply_part_back(_backend.read(inputs, start, length), *rows)
 
         max_length = max(1, _MAX_DECODED_BACK // (self.num_columns * ROW_MULTIPLE)) * ROW_MULTIPLE
-        count = -(-num_rows // max_length)
+        count = -(-num_rows // max_length) if in_parts else 1
         first = num_rows - (count - 1) * max_length
         total = part(0, first)
         if count > 1:
@@ -401,13 +406,13 @@ class QuantizedMatrix(keras.layers.Layer):
             inputs, matrix = _times(inputs, scales, dtype), ops.cast(codes, dtype)
         return ops.cast(ops.matmul(inputs, matrix), "float32")
 
-    def _parts(self, codes, scales, dtype, x=None):
+    def _parts(self, codes, scales, dtype, x=None, in_parts=True):
         """The matrix in parts of some rows: float (r, C), and what its products must be scaled by.
 
         Integers are exact in bfloat16 and casts are fused with products, so int8 is scaled after
         them; not in float16, which the products would leave.
         """
-        for part in self._row_slices(x):
+        for part in self._row_slices(x, in_parts):
             count = min(part.stop, self.num_rows) - part.start
             if self.mode == "int4":
                 packed, part_scales = codes[:, part], scales[:, part]
@@ -424,9 +429,15 @@ class QuantizedMatrix(keras.layers.Layer):
             else:
                 yield ops.cast(codes[part], dtype), scales[part]
 
-    def _row_slices(self, x=None):
-        """Slices of the rows of `codes`, each of what may be decoded at a time."""
+    def _row_slices(self, x, in_parts):
+        """Slices of the rows of `codes`, each of what may be decoded at a time.
+
+        Not for a TPU: its compiler decodes inside the product, and of rows that are spread over
+        chips it would gather parts.
+        """
         num_rows = self.scales.shape[1 if self.mode == "int4" else 0]
+        if not in_parts:
+            return [slice(0, num_rows)]
         may_fuse = self.mode == "int8" and _backend.IS_COMPILED and x is not None
         if may_fuse and _backend.has_few_rows(x, _backend.MAX_QUANTIZED_ROWS["int8"]):
             return [slice(0, num_rows)]  # decoded inside the product; slices would be copied

@@ -240,6 +240,32 @@ def test_a_large_matrix_is_decoded_in_parts():
     np.testing.assert_allclose(_numpy(layer(x)), x @ _numpy(layer.kernel), atol=2e-3)
 
 
+@pytest.mark.skipif(_backend.BACKEND != "jax", reason="XLA compiles for TPUs with jax alone")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_tpu_decodes_no_parts(mode, monkeypatch):
+    """Of rows that are spread over chips it would gather parts."""
+    import jax
+
+    matrix = quantization.QuantizedMatrix(300, 128, mode, 64, dtype="bfloat16")
+    matrix.build()
+
+    def there_and_back(x, codes, scales):
+        return matrix.multiply_back(matrix.multiply_unrounded(x, codes, scales), codes, scales)
+
+    def program_for(platform):
+        variables = (matrix.codes.value, matrix.scales.value)
+        program = jax.jit(lambda *args: there_and_back(*args))  # jax keeps traces of a function
+        traced = program.trace(np.zeros((65, 128)), *variables)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    platforms = ("tpu", "cuda")
+    whole = {platform: program_for(platform) for platform in platforms}
+    for name in ("_MAX_DECODED", "_MAX_DECODED_BACK"):
+        monkeypatch.setattr(quantization, name, 100 * 128)
+    is_same = {platform: program_for(platform) == whole[platform] for platform in platforms}
+    assert is_same == {"tpu": True, "cuda": False}
+
+
 def test_equal_weights():
     """A group without any difference, and one of zeros."""
     layer = Linear(64, use_bias=False, dtype="float32")
