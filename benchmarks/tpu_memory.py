@@ -39,13 +39,14 @@ LENGTH, IMAGE_SIZE = 128, 224
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A training step to compile: LoRA on a chip, or everything on eight chips."""
+    """A training step to compile: of LoRA or of everything, on a mesh of chips."""
 
     batch_size: int
     remat: bool = False
     is_peer: bool = False
     is_full: bool = False
     quantize: str | None = None
+    mesh: tuple[int, int] = (1, 1)  # chips along "data" and "model"
 
 
 ROWS = {
@@ -55,7 +56,9 @@ ROWS = {
     "lora-4-remat-int8": Row(4, remat=True, quantize="int8"),
     "lora-4-remat-int4": Row(4, remat=True, quantize="int4"),
     "lora-48-remat": Row(48, remat=True),
-    "full-8-remat": Row(8, remat=True, is_full=True),
+    "lora-8-remat-int8-on-2x4": Row(8, remat=True, quantize="int8", mesh=(2, 4)),
+    "lora-8-remat-int4-on-2x4": Row(8, remat=True, quantize="int4", mesh=(2, 4)),
+    "full-8-remat": Row(8, remat=True, is_full=True, mesh=(8, 1)),
 }
 
 
@@ -123,14 +126,12 @@ def compile_step(row):
     start = time.perf_counter()
     devices = topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices
     config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b", IMAGE_SIZE)
-    mesh = Mesh(np.array(devices[:1]).reshape(1, 1), ("data", "model"))
-    splits = {}
-    if row.is_full:
-        mesh = Mesh(np.array(devices).reshape(8, 1), ("data", "model"))
-        names = [f"cpu:{i}" for i in range(8)]
-        keras_mesh = keras.distribution.DeviceMesh((8, 1), ("data", "model"), names)
-        layouts = keras_pg2.layout_map(config, keras_mesh)
-        splits = {path.removeprefix("(.*/)?"): layouts[path].axes for path in layouts}
+    num_chips = math.prod(row.mesh)
+    mesh = Mesh(np.array(devices[:num_chips]).reshape(row.mesh), ("data", "model"))
+    names = [f"cpu:{i}" for i in range(num_chips)]
+    keras_mesh = keras.distribution.DeviceMesh(row.mesh, ("data", "model"), names)
+    layouts = keras_pg2.layout_map(config, keras_mesh, row.quantize)
+    splits = {path.removeprefix("(.*/)?"): layouts[path].axes for path in layouts}
     model, loss_of, masks = peer_model(config) if row.is_peer else our_model(row, config)
     optimizer = keras.optimizers.AdamW(1e-4)
     with _backend.variables_without_values():

@@ -751,6 +751,28 @@ def test_scaled_positions_are_refused(data, tmp_path):
         presets.find_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("folder", "tower", "key", "activation", "is_read"),
+    [
+        ("hf_tiny_paligemma2", "text", "hidden_activation", "relu", False),
+        ("hf_tiny_paligemma2", "text", "hidden_act", "relu", True),  # not looked at in Gemma 2
+        ("hf_tiny_paligemma1", "text", "hidden_act", "relu", False),
+        ("hf_tiny_paligemma1", "text", "hidden_act", "gelu", True),
+        ("hf_tiny_paligemma1", "vision", "hidden_act", "gelu", False),
+    ],
+)
+def test_other_activations_are_refused(data, tmp_path, folder, tower, key, activation, is_read):
+    config = json.loads((data / folder / "config.json").read_text())
+    config[f"{tower}_config"][key] = activation
+    folder = shutil.copytree(data / folder, tmp_path / "hf")
+    (folder / "config.json").write_text(json.dumps(config))
+    if is_read:
+        assert presets.find_checkpoint(folder).config
+    else:
+        with pytest.raises(ValueError, match=f"'gelu_pytorch_tanh'. Received: '{activation}'"):
+            presets.find_checkpoint(folder)
+
+
 @pytest.mark.parametrize("format", ["preset", "hf", "keras-hub", "big-vision"])
 def test_weights_of_several_dtypes_are_kept(data, tmp_path, format):
     policy = keras.dtype_policies.DTypePolicyMap(default_policy="float32")

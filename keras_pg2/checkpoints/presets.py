@@ -300,6 +300,14 @@ def _hugging_face_config(values):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"The rotary embedding of PaliGemma is never scaled. Received: {kind!r}")
+    text_activation = text.get("hidden_activation" if is_gemma2 else "hidden_act")
+    if text_activation == "gelu" and not is_gemma2:
+        text_activation = "gelu_pytorch_tanh"  # what transformers reads old configs of Gemma 1 as
+    for activation in (text_activation, vision.get("hidden_act")):
+        if activation not in (None, "gelu_pytorch_tanh"):
+            raise ValueError(
+                f"PaliGemma's activation is 'gelu_pytorch_tanh'. Received: {activation!r}"
+            )
     max_positions = text.get("max_position_embeddings", 8_192)
     window = _window(text.get("sliding_window"), max_positions) if is_gemma2 else None
     return PaliGemmaConfig(
