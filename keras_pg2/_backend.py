@@ -1050,8 +1050,8 @@ def _few_times(x, columns):
         with _without_onednn_for_one_row(len(rows)):
             return torch.matmul(x, columns)
     # oneDNN would lay out the right operand anew for the tiles. A vector it multiplies without.
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, 1)) if len(rows) == 1 else rows
-    product = torch.matmul(columns.t(), padded.t())[:, : len(rows)].t()
+    several = torch.cat([rows, rows]) if len(rows) == 1 else rows
+    product = torch.matmul(columns.t(), several.t())[:, : len(rows)].t()
     return product.reshape(*x.shape[:-1], -1).contiguous()
 
 
