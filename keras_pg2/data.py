@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import operator
 import os
 import random
@@ -27,6 +26,7 @@ from keras_pg2.checkpoints import io
 from keras_pg2.preprocessing import image_pixels
 from keras_pg2.segmentation import (
     SegmentationCodec,
+    box_pixels,
     encode_segmentation,
     has_area,
     location_tokens,
@@ -440,9 +440,9 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
     for rank, category in enumerate(_field(data, "categories", list, source)):
         with checks.row(f"{source}: category {_id(category, rank)}"):
             name = _field(category, "name", str).strip()
-            if not name or ";" in name:
+            if not name or set(";<\n") & set(name):
                 raise ValueError(
-                    "`name` must be a word or more without ';', which separates objects. "
+                    "`name` must be a word or more without ';', '<' and line breaks. "
                     f"Received: {name!r}."
                 )
             categories[_field(category, "id", (int, str))] = rank, name
@@ -467,9 +467,10 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                     if box is None or not has_area(box, height, width):
                         num_empty += 1
                         continue
-                    if isinstance(segmentation, list):
-                        _check_overlap(segmentation, box)
-                    objects.append(_Object(*categories[category], box, segmentation))
+                    item = _Object(*categories[category], box, segmentation)
+                    if with_masks:
+                        _check_overlap(item, height, width)
+                    objects.append(item)
         if objects:
             yield _Scene(image["id"], path, height, width, objects)
     if num_empty:
@@ -593,14 +594,20 @@ def _check_segmentation(segmentation, height, width):
                 )
 
 
-def _check_overlap(polygons, box):
-    for polygon in polygons:
-        x, y = polygon[::2], polygon[1::2]
-        if min(x) <= box[2] and max(x) >= box[0] and min(y) <= box[3] and max(y) >= box[1]:
+def _check_overlap(item, height, width):
+    box = item.box
+    if isinstance(item.segmentation, dict):
+        x1, y1, x2, y2 = box_pixels(box, height, width)
+        if _mask(item, height, width)[y1:y2, x1:x2].any():
             return
+    else:
+        for polygon in item.segmentation:
+            x, y = polygon[::2], polygon[1::2]
+            if min(x) <= box[2] and max(x) >= box[0] and min(y) <= box[3] and max(y) >= box[1]:
+                return
     raise ValueError(
         "`segmentation` must overlap `bbox`, which is x, y, width, height. "
-        f"Received: polygons {polygons!r:.80} outside of x1, y1, x2, y2 = {box}."
+        f"Received: {item.segmentation!s:.80} outside of x1, y1, x2, y2 = {box}."
     )
 
 
@@ -613,10 +620,9 @@ def _mask(item, height, width):
     mask = np.zeros((height, width), bool)
     for polygon in item.segmentation:
         mask |= _polygon_mask(np.reshape(polygon, (-1, 2)), height, width)
-    x1, y1, x2, y2 = item.box
-    box = np.s_[math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)]
-    if not mask[box].any():
-        mask[box] = True
+    x1, y1, x2, y2 = box_pixels(item.box, height, width)
+    if not mask[y1:y2, x1:x2].any():
+        mask[y1:y2, x1:x2] = True
     return mask
 
 

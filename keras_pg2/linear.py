@@ -78,6 +78,8 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         lora: LoraOptions, or None without LoRA.
         lora_kernel_a, lora_kernel_b: float32 variables (in, rank) and (rank, units), or None.
         is_merged: bool, whether the kernel holds A·B at the moment.
+        frozen_before_merge: tuple of "lora_kernel_a", "lora_kernel_b" or neither, which stay frozen
+            when `unmerge_lora` undoes the merging.
 
     Call arguments:
         inputs: float (..., in).
@@ -98,6 +100,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         self.lora = None
         self.lora_kernel_a = self.lora_kernel_b = None
         self._dropout_seed = self._unmerged_kernel = None
+        self.frozen_before_merge = ()
 
     def call(self, inputs, training=None):
         outputs = self._matmul(inputs, self.quantized or self._kernel)
@@ -199,7 +202,10 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         kernel = ops.convert_to_numpy(self._kernel)
         self._unmerged_kernel = kernel.astype(self._kernel.dtype)  # a copy
         self._kernel.assign(merged)
-        self._set_lora_trainable(False)
+        variables = (self.lora_kernel_a, self.lora_kernel_b)
+        self.frozen_before_merge = tuple(v.name for v in variables if not v.trainable)
+        for variable in variables:
+            variable.trainable = False
 
     def merged_kernel(self):
         """The kernel with LoRA in it, if there is any, as a NumPy array of the kernel's dtype."""
@@ -220,7 +226,9 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         self._require_lora(merged=True)
         self._kernel.assign(self._unmerged_kernel)
         self._unmerged_kernel = None
-        self._set_lora_trainable(True)
+        for variable in (self.lora_kernel_a, self.lora_kernel_b):
+            variable.trainable = variable.name not in self.frozen_before_merge
+        self.frozen_before_merge = ()
 
     def drop_lora(self):
         """Removes LoRA for good; the kernel stays as it is, merged or not.
@@ -232,6 +240,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         for name in ("lora_kernel_a", "lora_kernel_b", "_dropout_seed"):
             _backend.remove_attribute(self, name)
         self._unmerged_kernel = self.lora = None
+        self.frozen_before_merge = ()
 
     def _require_lora(self, merged=None):
         if self.lora is None:
@@ -241,9 +250,6 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
             raise ValueError(
                 f"LoRA of the layer {self.path!r} is {state}. Call `{method}_lora()` first."
             )
-
-    def _set_lora_trainable(self, value):
-        self.lora_kernel_a.trainable = self.lora_kernel_b.trainable = value
 
     # Quantization and saving, as Keras asks for it
 

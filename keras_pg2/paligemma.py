@@ -1270,8 +1270,10 @@ class PaliGemma2(keras.Model):
         Raises:
             ValueError: if a name is neither.
         """
-        if unknown := sorted(set(towers) - {"vision", "text"}):
-            raise ValueError(f"`towers` must be of 'vision' and 'text'. Received: {unknown}")
+        if not isinstance(towers, (tuple, list)) or not set(towers) <= {"vision", "text"}:
+            raise ValueError(
+                f"`towers` must be a tuple of 'vision' and 'text'. Received: towers={towers!r}"
+            )
         self.vision.use_remat, self.text.use_remat = "vision" in towers, "text" in towers
         self.train_function = None
 
@@ -1308,11 +1310,12 @@ class PaliGemma2(keras.Model):
 
     def _set_trainable(self, pattern, value):
         variables = self.variables_by_path()
-        matching = _matching("pattern", pattern, self._trainable_paths())
+        paths = self._trainable_paths()
+        matching = _matching("pattern", pattern, paths)
         if not matching:
             raise ValueError(
-                "`pattern` must match the path of a weight, such as "
-                f"{list(variables)[:3]}. Received: pattern={pattern!r}"
+                "`pattern` must match the path of a weight that can be trained, such as "
+                f"{paths[:3]}. Received: pattern={pattern!r}"
             )
         if value and not self.trainable:  # as `model.trainable = False` makes it
             self._unfreeze()
@@ -1416,7 +1419,7 @@ class PaliGemma2(keras.Model):
         """
         options = LoraOptions(rank, rank if alpha is None else alpha, dropout)
         paths = list(self._linear_layers())
-        patterns = [pattern] if isinstance(pattern, str) else pattern or ()
+        patterns = pattern if isinstance(pattern, (list, tuple)) else [pattern]
         patterns = [_LORA_PATTERNS.get(name, name) for name in patterns]
         matching = _matching("pattern", patterns, paths)
         if not matching:
@@ -1576,6 +1579,8 @@ class PaliGemma2(keras.Model):
             matching = [path for path, layer in layers.items() if filters(layer)]
         else:
             matching = list(layers) if filters is None else _matching("filters", filters, layers)
+        if not layers:
+            raise ValueError("All layers that can be quantized are so already.")
         if not matching:
             raise ValueError(
                 "`filters` must match a layer that is not quantized yet, as "
@@ -1643,9 +1648,10 @@ class PaliGemma2(keras.Model):
                 path: {"mode": layer.quantized.mode, "group_size": layer.quantized.group_size}
                 for path, layer in layers.items()
             }
-        # A merged LoRA is saved as it was before it was merged: trainable.
         variables = self.variables_by_path()
         config["frozen"] = [k for k in self._trainable_paths() if not variables[k].trainable]
+        for path, layer in self.lora_layers().items():  # saved as they were before they were merged
+            config["frozen"] += [f"{path}/{name}" for name in layer.frozen_before_merge]
         config["remat"] = [name for name in ("vision", "text") if getattr(self, name).use_remat]
         return config
 

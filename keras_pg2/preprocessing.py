@@ -324,7 +324,7 @@ def image_size(image):
             return _pil_size(opened, repr(os.fspath(image)))
     if isinstance(image, Image.Image):
         return _pil_size(image, "the PIL image")
-    if _is_array(image):
+    if _is_array(image) and len(image.shape) in (2, 3):
         return image.shape[1], image.shape[0]
     if hasattr(image, "width") and hasattr(image, "height"):
         return image.width, image.height

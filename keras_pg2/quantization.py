@@ -84,12 +84,20 @@ class QuantizedMatrix(keras.layers.Layer):
         super().__init__(autocast=False, trainable=False, **kwargs)
         self.num_rows, self.num_columns = num_rows, num_columns
         self.mode, self.group_size = mode, group_size
+        self._known_tile = None
 
-    @functools.cached_property
+    @property
     def _tile(self):
-        """See `_backend.int4_tile`. Codes begin as zeros, which are the same in any layout."""
-        is_int4 = self.mode == "int4"
-        return _backend.int4_tile(self.codes.value, self.compute_dtype) if is_int4 else None
+        """See `_backend.int4_tile`. Codes begin as zeros, which are the same in any layout.
+
+        It is asked for once, since codes keep their layout if they are moved to another device.
+        In a symbolic pass `codes.value` may be on none.
+        """
+        if self.mode != "int4" or self.codes._value is None:
+            return None
+        if self._known_tile is None:
+            self._known_tile = (_backend.int4_tile(self.codes._value, self.compute_dtype),)
+        return self._known_tile[0]
 
     def build(self, input_shape=None):
         codes, scales = (self.num_rows, self.num_columns), (self.num_rows,)
@@ -215,6 +223,14 @@ class QuantizedMatrix(keras.layers.Layer):
         store["scales"] = self.scales
 
     def load_own_variables(self, store):
+        # Keras tries again under other paths, where it finds nothing, and shows the last error.
+        expected = {"codes": tuple(self.codes.shape), "scales": tuple(self.scales.shape)}
+        if expected != {name: tuple(store[name].shape) for name in set(store.keys())}:
+            block_size = f" with `block_size` {self.group_size}" if self.group_size else ""
+            raise ValueError(
+                f"The file does not fit the matrix {self.path!r}, which is quantized to "
+                f"{self.mode!r}{block_size}. Quantize the model as the one that was saved."
+            )
         self.assign(np.array(store["codes"]), np.array(store["scales"]).astype("bfloat16"))
 
     def _multiply(self, x, codes, scales, in_float32):

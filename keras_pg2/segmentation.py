@@ -568,7 +568,7 @@ def crop_masks(masks, boxes):
         )
     crops = np.zeros((len(masks), MASK_SIZE, MASK_SIZE), "float32")
     for i, (mask, box) in enumerate(zip(masks, boxes)):
-        x1, y1, x2, y2 = _pixels(box, height, width)
+        x1, y1, x2, y2 = box_pixels(box, height, width)
         crop = mask[y1:y2, x1:x2]
         if not crop.any():
             raise ValueError(
@@ -607,7 +607,7 @@ def mask_from_codes(decoded, box, height, width):
     mask = np.zeros((height, width), bool)
     box = np.clip(box, 0, [width, height, width, height])
     if box[0] < box[2] and box[1] < box[3]:
-        x1, y1, x2, y2 = _pixels(box, height, width)
+        x1, y1, x2, y2 = box_pixels(box, height, width)
         mask[y1:y2, x1:x2] = _resize(decoded.astype("float32"), y2 - y1, x2 - x1) > 0
     return mask
 
@@ -617,11 +617,17 @@ def _resize(array, height, width):
     return np.asarray(resized)
 
 
-def _pixels(box, height, width):
-    """A box rounded to whole pixels, at least one."""
-    sizes = np.array([width, height])
-    start = np.minimum(np.round(box[:2]).astype(int), sizes - 1)
-    end = np.maximum(np.round(box[2:]).astype(int), start + 1)
+def box_pixels(box, height, width):
+    """The pixels whose centres are in a box, at least one: x1, y1, x2, y2, int.
+
+    Args:
+        box: 4 float, x1, y1, x2, y2 in the image.
+        height: int, of the image.
+        width: int, of the image.
+    """
+    start, end = np.ceil(np.reshape(box, (2, 2)) - 0.5).astype(int)
+    start = np.minimum(start, [width - 1, height - 1])
+    end = np.maximum(end, start + 1)
     return (*start.tolist(), *end.tolist())
 
 

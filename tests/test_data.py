@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 import keras_pg2
 from keras_pg2 import SegmentationCodec, batches, data, parse_detections
+from keras_pg2.segmentation import crop_masks
 from keras_pg2.tiny.train import CODEC
 
 # Pixels 1 of a mask of 9 × 7, and what COCO's own tool compresses it to.
@@ -408,6 +409,10 @@ def test_bad_categories_and_prompts(coco):
     _save(coco, content)
     with pytest.raises(ValueError, match=r"category 1: `name` must be .*without ';'"):
         data.coco_detection(coco)
+    content["categories"][1]["name"] = "cat <loc0001>"
+    _save(coco, content)
+    with pytest.raises(ValueError, match=r"category 1: `name` must be .*without ';', '<'"):
+        data.coco_detection(coco)
     with pytest.raises(ValueError, match=r"`prompt` must be one of .*Received: prompt='boxes'"):
         data.coco_detection(coco, prompt="boxes")
     with pytest.raises(ValueError, match="`prompt` must be one of"):
@@ -514,6 +519,20 @@ def test_polygons_look_like_pillow_draws_them(folder):
 def test_a_sliver_fills_its_box(folder):
     (mask,) = _masks(folder, [[1.1, 2, 1.2, 2, 1.2, 4]], bbox=(1.1, 2, 0.1, 2))
     assert np.argwhere(mask).tolist() == [[2, 1], [3, 1]]
+
+
+def test_rectangles_fill_their_boxes(folder):
+    """Between the centres of pixels, too, and thinner than one."""
+    rng = np.random.default_rng(0)
+    boxes = [rng.integers(0, 12, 2).tolist() + rng.integers(1, 6, 2).tolist() for _ in range(20)]
+    boxes = [[value / 2 for value in box] for box in boxes]
+    boxes += np.round(rng.uniform([0, 0, 0.5, 0.5], [4, 6, 3, 3], (20, 4)), 2).tolist()
+    for x, y, width, height in boxes:
+        right, bottom = x + width, y + height
+        polygon = [x, y, right, y, right, bottom, x, bottom]
+        masks = _masks(folder, [polygon], bbox=(x, y, width, height))
+        crops = crop_masks(masks, [[x, y, right, bottom]])
+        np.testing.assert_array_equal(crops, 1, err_msg=str((x, y, width, height)))
 
 
 def test_segmentation_texts(folder):
@@ -745,9 +764,8 @@ def test_masks_outside_of_their_boxes(folder):
     codec = SegmentationCodec.from_file(CODEC)
     annotation = _annotation(1, 2, bbox=(50, 90, 20, 20))
     annotation["segmentation"] = {"size": [120, 90], "counts": [0, 240, 120 * 88]}
-    examples = data.coco_segmentation(_coco(folder, [annotation]), None, codec)
-    with pytest.raises(ValueError, match="must have a pixel in its box"):
-        examples[0]
+    with pytest.raises(ValueError, match=r"annotation 1: `segmentation` must overlap `bbox`"):
+        data.coco_segmentation(_coco(folder, [annotation]), None, codec)
     # A polygon beside the box that touches it fills the box, as one that is too thin.
     (mask,) = _masks(folder, [[0, 0, 2, 0, 2, 2, 0, 2]], bbox=(2, 2, 3, 3))
     assert mask[2:5, 2:5].all()

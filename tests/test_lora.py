@@ -447,6 +447,20 @@ def test_merged_layers_are_not_trained(batch):
             train(data)
 
 
+def test_what_is_frozen_stays_so_through_merging(tmp_path):
+    model = _model(rank=2, pattern="query|value")
+    model.freeze(["query.*lora", "block_1.*lora_kernel_a"])
+    trainable = [v.path for v in model.trainable_variables]
+    assert len(trainable) == 6
+    model.merge_lora()
+    assert not any("lora" in v.path for v in model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(loaded.trainable_variables) == len(trainable)
+    model.unmerge_lora()
+    assert [v.path for v in model.trainable_variables] == trainable
+
+
 def test_merged_layers_are_not_quantized():
     model = _model(rank=2, pattern="text/block_1/attention/value")
     model.merge_lora()

@@ -372,6 +372,34 @@ def test_layer_files(scheme, tmp_path):
         plain.load_weights(tmp_path / "model.weights.h5")
 
 
+def test_files_of_another_quantization(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    models = {}
+    for scheme in SCHEMES:
+        models[scheme] = keras.Sequential([keras.Input((588,)), Linear(200)])
+        models[scheme].layers[0].quantize(**SCHEMES[scheme])
+    models["int4"].save_weights(path)
+    with pytest.raises(ValueError, match=r"quantized to 'int8'\. Quantize the model as the one"):
+        models["int8"].load_weights(path)
+    with pytest.raises(ValueError, match=r"quantized to 'int4' with `block_size` 32\. Quantize"):
+        models["int4/32"].load_weights(path)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_symbolic_pass_changes_nothing(scheme):
+    """Keras makes one before `fit` with a loss of one's own; torch's tensors are then nowhere."""
+    layer, other = (_linear((588, 200), "bfloat16", **SCHEMES[scheme])[0] for _ in "ab")
+
+    class Outer(keras.layers.Layer):
+        def call(self, x):
+            return layer(x)
+
+    assert Outer().compute_output_spec(keras.KerasTensor((3, 588))).shape == (3, 200)
+    x = np.random.default_rng(1).normal(size=(3, 588)).astype("float32")
+    np.testing.assert_array_equal(_numpy(layer(x)), _numpy(other(x)))
+    np.testing.assert_array_equal(_numpy(layer.kernel), _numpy(other.kernel))
+
+
 def test_layer_errors():
     with pytest.raises(ValueError, match="Build the layer 'layer' before `quantize`"):
         Linear(5, name="layer").quantize("int8")
@@ -505,6 +533,11 @@ def test_filters_match_paths(picture):
         model.quantize("int8", filters="^text/")
     with pytest.raises(ValueError, match=r"`filters` must be a regular expression.*'\['"):
         model.quantize("int8", filters=["vision", "["])
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="All layers that can be quantized are so already"):
+        model.quantize("int4")
+    with pytest.raises(ValueError, match=r"that can be trained, such as \['vision/.*'codes'"):
+        model.freeze("codes")
     with pytest.raises(ValueError, match="cannot be written in this format"):
         model.save_to_preset("nowhere")
 

@@ -465,6 +465,8 @@ def test_texts_are_those_of_generate(model, image, monkeypatch):
         model.describe_region([image] * 3, boxes)
     with pytest.raises(ValueError, match=r"4 numbers.*Received: \(1, 2, 3\)"):
         model.describe_region(image, [(0, 0, 30, 25), (1, 2, 3)])
+    with pytest.raises(ValueError, match="Each of `images` must be"):
+        model.describe_region(np.zeros(5), (0, 0, 60, 50))
 
 
 @pytest.mark.parametrize("sampler", ["greedy", "top_p", "beam"])

@@ -518,6 +518,8 @@ def test_freeze_and_unfreeze(tokenizer, columns):
         model.freeze("(vision")
     with pytest.raises(ValueError, match="'audio'"):
         model.enable_remat(["audio"])
+    with pytest.raises(ValueError, match=r"must be a tuple .*towers='vision'"):
+        model.enable_remat("vision")
     model.freeze()
     with pytest.raises(ValueError, match="No weight is trainable"):
         model.fit(columns, verbose=0)
