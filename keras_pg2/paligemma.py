@@ -21,7 +21,7 @@ from keras_pg2.gemma import GemmaDecoder
 from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype
 from keras_pg2.losses import token_losses
 from keras_pg2.preprocessing import Preprocessor, batch_examples, image_size
-from keras_pg2.quantization import group_size_of, unlocked
+from keras_pg2.quantization import group_size_of, scheme_of, unlocked
 from keras_pg2.segmentation import SegmentationCodec
 from keras_pg2.siglip import SiglipTower
 from keras_pg2.tokenizer import EOS_ID, Tokenizer
@@ -149,6 +149,8 @@ class PaliGemma2(keras.Model):
             >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-3b-mix-224")
             >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-10b-mix-448", quantize="int4")
         """
+        if quantize:
+            scheme_of(quantize)  # raises before anything is downloaded
         if compilation_cache is not None:
             _backend.compilation_cache(compilation_cache)
         checkpoint = presets.find_checkpoint(preset)

@@ -253,8 +253,8 @@ def batch_examples(images, prompts, responses=None):
 
     Args:
         images: an image, see `Preprocessor.load_image`; a list of images, one for each
-            example; a list of lists, several for each example; or an array (B, H, W, 3) or
-            (B, M, H, W, 3). A single image goes with every prompt.
+            example; a list of lists or of arrays (M, H, W, 3), several for each example; or an
+            array (B, H, W, 3) or (B, M, H, W, 3). A single image goes with every prompt.
         prompts: str, or list of str. A single prompt goes with every image.
         responses: None, str, or list of str.
 
@@ -268,11 +268,11 @@ def batch_examples(images, prompts, responses=None):
         ValueError: if the numbers of images, prompts and responses differ, or are 0.
     """
     if _is_array(images) and len(images.shape) in (4, 5):
-        images = [list(item) if item.ndim == 4 else item for item in _to_numpy(images)]
+        images = list(_to_numpy(images))
     one_image = not isinstance(images, (list, tuple))
     one_prompt = isinstance(prompts, str)
     images = [images] if one_image else list(images)
-    images = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
+    images = [_pictures(item) for item in images]
     one_response = responses is None or isinstance(responses, str)
     for name, texts in (("prompts", prompts), ("responses", responses)):
         is_none = name == "responses" and texts is None
@@ -291,6 +291,13 @@ def batch_examples(images, prompts, responses=None):
             f"{len(responses)} responses"
         )
     return images, prompts, responses, one_image and one_prompt and one_response
+
+
+def _pictures(item):
+    """The images of an example, as a list."""
+    if _is_array(item) and len(item.shape) == 4:
+        return list(_to_numpy(item))
+    return list(item) if isinstance(item, (list, tuple)) else [item]
 
 
 def _is_array(image):

@@ -60,6 +60,28 @@ def group_size_of(mode, config):
     return size
 
 
+def scheme_of(quantize):
+    """Mode and group size of an argument `quantize`.
+
+    Args:
+        quantize: "int8", "int4" or `keras.quantizers.QuantizationConfig`.
+
+    Returns:
+        str, and int or None, see `group_size_of`.
+
+    Raises:
+        ValueError: if it is something else, or asks for what we have not.
+    """
+    if isinstance(quantize, keras.quantizers.QuantizationConfig):
+        return quantize.mode, group_size_of(quantize.mode, quantize)
+    if quantize not in ("int8", "int4"):
+        raise ValueError(
+            "`quantize` must be None, 'int8', 'int4' or a `keras.quantizers.QuantizationConfig`. "
+            f"Received: quantize={quantize!r}"
+        )
+    return quantize, group_size_of(quantize, None)
+
+
 class QuantizedMatrix(keras.layers.Layer):
     """A matrix (R, C) of quantized rows.
 

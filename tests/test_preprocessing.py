@@ -357,6 +357,12 @@ def test_examples_broadcast():
     assert batch_examples("a", ["x", "y"]) == ([["a"], ["a"]], ["x", "y"], ["", ""], False)
     assert batch_examples(["a", "b"], "x", "r") == ([["a"], ["b"]], ["x"] * 2, ["r"] * 2, False)
     assert batch_examples([["a", "b"]], "x") == ([["a", "b"]], ["x"], [""], False)
+    pairs = np.zeros((3, 2, 4, 4, 3), "uint8")  # three examples of two pictures
+    for form in (pairs, list(pairs), [list(pair) for pair in pairs]):
+        images, *_ = batch_examples(form, "x")
+        assert [[image.shape for image in images_of] for images_of in images] == [
+            [(4, 4, 3)] * 2
+        ] * 3
 
 
 def test_examples_from_arrays(image):

@@ -516,6 +516,13 @@ def test_the_matrices_are_freed():
     assert all(matrix() is None for matrix in matrices)
 
 
+@pytest.mark.parametrize("quantize", [True, 8, "int3", "INT8"])
+def test_other_schemes(quantize):
+    """Before a file is looked for."""
+    with pytest.raises(ValueError, match=rf"or a `keras.*Received: quantize={quantize!r}"):
+        keras_pg2.PaliGemma2.from_preset("nowhere", quantize=quantize)
+
+
 def test_filters_match_paths(picture):
     model = keras_pg2.PaliGemma2.from_preset(TINY)
     model.quantize("int8", filters="^vision/.*mlp")
