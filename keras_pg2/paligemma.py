@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import numbers
 import os
 import re
 
@@ -762,12 +763,13 @@ class PaliGemma2(keras.Model):
 
     def _sampler_and_stop(self, sampler, stop):
         """A sampler, and a tuple of strings, from what `generate` takes."""
-        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not isinstance(stop, (list, tuple)):
+            stop = () if stop is None else (stop,)
         if not all(isinstance(string, str) and string for string in stop):
             raise ValueError(f"`stop` must be one or more non-empty strings. Received: {stop!r}")
         if stop:
             self._require_preprocessor()
-        return generation.get_sampler(sampler), stop
+        return generation.get_sampler(sampler), tuple(stop)
 
     def _require_preprocessor(self):
         if self.preprocessor is None:
@@ -972,7 +974,7 @@ class PaliGemma2(keras.Model):
             >>> np.exp(scores)
             array([0.83, 0.02], dtype=float32)
         """
-        if isinstance(candidates, str) or not len(candidates):
+        if not isinstance(candidates, (list, tuple, np.ndarray)) or not len(candidates):
             raise ValueError(
                 f"`candidates` must be a list of at least one str. Received: {candidates!r}"
             )
@@ -1039,9 +1041,10 @@ class PaliGemma2(keras.Model):
         Raises:
             ValueError: if an option is out of range, or of the other kind of loss.
         """
-        if not 0 <= label_smoothing < 1:
+        if not isinstance(label_smoothing, numbers.Real) or not 0 <= label_smoothing < 1:
             raise ValueError(
-                f"`label_smoothing` must be in [0, 1). Received: label_smoothing={label_smoothing}"
+                "`label_smoothing` must be a number in [0, 1). "
+                f"Received: label_smoothing={label_smoothing!r}"
             )
         if loss is None and (kwargs.get("metrics") or kwargs.get("weighted_metrics")):
             raise ValueError(

@@ -555,6 +555,7 @@ def test_stream_and_generate_share_programs(data, image):
         ({"sampler": 3}, "`sampler`"),
         ({"stop": ""}, "`stop`"),
         ({"stop": [3]}, "`stop`"),
+        ({"stop": 5}, "`stop`"),
         ({"seed": -1}, "`seed` must be a non-negative integer"),
         ({"seed": "7"}, "`seed`"),
         ({"max_new_tokens": 9000}, "at most 8192 tokens .*Shorten the prompt"),

@@ -575,7 +575,7 @@ def test_score_of_one(model, image):
     assert scores.shape == (2,)
     with pytest.raises(ValueError, match="`candidates`"):
         model.score(image, "ocr", "cat")
-    for candidates in ([], ["a", 3]):
+    for candidates in ([], ["a", 3], None):
         with pytest.raises(ValueError, match="`candidates`"):
             model.score(image, "ocr", candidates)
     assert model.score(image, "ocr", [""]).shape == (1,)

@@ -722,6 +722,8 @@ def test_bad_options(tokenizer, columns):
     model = micro_model(tokenizer)
     with pytest.raises(ValueError, match="label_smoothing=1"):
         model.compile("sgd", label_smoothing=1)
+    with pytest.raises(ValueError, match="label_smoothing=None"):
+        model.compile("sgd", label_smoothing=None)
     with pytest.raises(ValueError, match="no `metrics`"):
         model.compile("sgd", metrics=["accuracy"])
     with pytest.raises(ValueError, match="goes with `loss=None`"):
