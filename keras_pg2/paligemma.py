@@ -36,6 +36,21 @@ _LORA_PATTERNS = {
 }
 
 
+def _not_in_fit(method):
+    """The method of a model, which a callback of `fit` cannot call."""
+
+    @functools.wraps(method)
+    def checked(self, *args, **kwargs):
+        if self._is_in_fit:
+            raise RuntimeError(
+                f"`{method.__name__}` cannot be called while `fit` runs, as by a callback: the "
+                "program of its steps is made. Call it between two calls of `fit`."
+            )
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedImage:
     """A picture that went through the vision tower, see `PaliGemma2.encode`.
@@ -97,6 +112,7 @@ class PaliGemma2(keras.Model):
         self.preprocessor = preprocessor
         self.programs = _backend.Programs()
         self.label_smoothing = 0.0
+        self._is_in_fit = False
         self._own_codec = _Holder()
         self.vision = SiglipTower(config.vision, name="vision", dtype=self.dtype_policy)
         self.projector = Linear(config.text.width, name="projector", dtype=self.dtype_policy)
@@ -1093,7 +1109,9 @@ class PaliGemma2(keras.Model):
                 "images", "token_ids", "padding_mask" and "suffix_mask" instead, see `call`.
             y: None. With a loss of your own, targets as `keras.Model.fit` wants them.
             batch_size: int, for data that is not in batches already.
-            callbacks: list of `keras.callbacks.Callback`.
+            callbacks: list of `keras.callbacks.Callback`. They may generate and save; to change the
+                model by `freeze`, `enable_lora`, `merge_lora`, `quantize` and the like is a
+                RuntimeError.
             validation_split: float in [0, 1), the share of the examples at the end that is used
                 for validation.
             validation_data: data in any of these forms.
@@ -1129,17 +1147,22 @@ class PaliGemma2(keras.Model):
             elif validation_data is not None:
                 validation_data = self._batches(validation_data, None, validation_batch_size)
             self._retrace_for_shapes("train_function", x)
-            callbacks = _with_watch(callbacks, x)
-            return super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
-        return super().fit(
-            *(x, y, batch_size),
-            callbacks=callbacks,
-            validation_split=validation_split,
-            validation_data=validation_data,
-            shuffle=shuffle,
-            validation_batch_size=validation_batch_size,
-            **kwargs,
-        )
+            options = {"callbacks": _with_watch(callbacks, x), "validation_data": validation_data}
+        else:
+            options = {
+                "y": y,
+                "batch_size": batch_size,
+                "callbacks": callbacks,
+                "validation_split": validation_split,
+                "validation_data": validation_data,
+                "shuffle": shuffle,
+                "validation_batch_size": validation_batch_size,
+            }
+        self._is_in_fit = True
+        try:
+            return super().fit(x, **options, **kwargs)
+        finally:
+            self._is_in_fit = False
 
     def evaluate(self, x=None, y=None, batch_size=8, **kwargs):
         """Loss and token accuracy on raw data.
@@ -1266,6 +1289,7 @@ class PaliGemma2(keras.Model):
             return own
         return [metric for metric in super().metrics if metric not in own]
 
+    @_not_in_fit
     def enable_remat(self, towers=("vision", "text")):
         """Saves memory in training: activations inside the blocks are computed twice, not kept.
 
@@ -1294,6 +1318,7 @@ class PaliGemma2(keras.Model):
         """
         self.programs = _backend.Programs(compile_steps=bool(enabled))
 
+    @_not_in_fit
     def freeze(self, pattern=""):
         """Excludes weights from training. Call `compile` after it.
 
@@ -1309,6 +1334,7 @@ class PaliGemma2(keras.Model):
         """
         self._set_trainable(pattern, False)
 
+    @_not_in_fit
     def unfreeze(self, pattern=""):
         """Includes weights in training again, see `freeze`."""
         self._set_trainable(pattern, True)
@@ -1395,6 +1421,7 @@ class PaliGemma2(keras.Model):
 
     # LoRA
 
+    @_not_in_fit
     def enable_lora(
         self, rank=8, alpha=None, dropout=0.0, pattern="text/.*(query|key|value|output)"
     ):
@@ -1434,6 +1461,7 @@ class PaliGemma2(keras.Model):
             )
         self.enable_lora_on({path: options for path in matching})
 
+    @_not_in_fit
     def enable_lora_on(self, options):
         """Adds LoRA with options of their own to the layers named, and freezes the rest.
 
@@ -1464,6 +1492,7 @@ class PaliGemma2(keras.Model):
         """dict of path to each layer with LoRA."""
         return {path: layer for path, layer in self._linear_layers().items() if layer.lora}
 
+    @_not_in_fit
     def merge_lora(self):
         """Folds LoRA into the kernels, so that it costs no time; `unmerge_lora` takes it back.
 
@@ -1479,6 +1508,7 @@ class PaliGemma2(keras.Model):
             layer.merge_lora()
         self._renew_programs()
 
+    @_not_in_fit
     def unmerge_lora(self):
         """Gives the kernels back the values they had before `merge_lora`, bit for bit.
 
@@ -1489,6 +1519,7 @@ class PaliGemma2(keras.Model):
             layer.unmerge_lora()
         self._renew_programs()
 
+    @_not_in_fit
     def drop_lora(self):
         """Removes LoRA for good: the model is a plain one again, and trainable as a whole.
 
@@ -1555,6 +1586,7 @@ class PaliGemma2(keras.Model):
         files = (adapters.CONFIG_FILE, adapters.TENSOR_FILE)
         adapters.load_adapter(self, presets.fetch(folder, files))
 
+    @_not_in_fit
     def quantize(self, mode=None, config=None, filters=None):
         """Turns weights into small integers with scales. Activations keep their dtype.
 

@@ -530,6 +530,28 @@ def test_freeze_and_unfreeze(tokenizer, columns):
     assert len(model.trainable_variables) == len(model.variables)
 
 
+def test_callbacks_cannot_change_the_model(tokenizer, columns):
+    """Keras has made the program of its steps."""
+    model = micro_model(tokenizer)
+    model.compile("sgd")
+    changes = {"freeze": [], "unfreeze": [], "enable_remat": [], "enable_lora": [2]}
+    changes["quantize"] = ["int8"]
+    refused = []
+
+    def change(epoch, logs):
+        for name, arguments in changes.items():
+            with pytest.raises(RuntimeError, match=f"`{name}` cannot be called while `fit` runs"):
+                getattr(model, name)(*arguments)
+            refused.append(name)
+        raise KeyError
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=change)
+    with pytest.raises(KeyError):
+        model.fit(columns, batch_size=5, callbacks=[callback], verbose=0)
+    assert refused == list(changes)
+    model.quantize("int8")  # also after a `fit` that an error ended
+
+
 def test_ids_of_any_integer_dtype(tokenizer, training_inputs):
     model = micro_model(tokenizer)
     model.compile("sgd")
