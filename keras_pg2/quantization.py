@@ -408,7 +408,7 @@ class QuantizedMatrix(keras.layers.Layer):
         return [(ops.cast(half, dtype) - 8) * scale + offset for half, scale, offset in halves]
 
     def _multiply_back_in_loop(self, y, codes, scales, in_parts=True):
-        """`multiply_back` by parts in turn; compilers would decode all parts at once."""
+        """By parts in turn, since a compiler would decode all at once; or as a whole, for a TPU."""
         axis = 1 if self.mode == "int4" else 0
         num_rows = scales.shape[axis]
         inputs = ops.reshape(y, (-1, self.num_rows))
