@@ -111,8 +111,7 @@ class PaliGemma2(keras.Model):
         self.config = config
         self.preprocessor = preprocessor
         self.programs = _backend.Programs()
-        self.label_smoothing = 0.0
-        self._is_in_fit = False
+        self.label_smoothing, self._is_in_fit = 0.0, False
         self._own_codec = _Holder()
         self.vision = SiglipTower(config.vision, name="vision", dtype=self.dtype_policy)
         self.projector = Linear(config.text.width, name="projector", dtype=self.dtype_policy)
