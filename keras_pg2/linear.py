@@ -78,7 +78,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         lora: LoraOptions, or None without LoRA.
         lora_kernel_a, lora_kernel_b: float32 variables (in, rank) and (rank, units), or None.
         is_merged: bool, whether the kernel holds A·B at the moment.
-        frozen_before_merge: tuple of the names of A and B, if merged when they were frozen.
+        frozen_before_merge: tuple of str, those of A and B that were frozen when they were merged.
 
     Call arguments:
         inputs: float (..., in).

@@ -618,12 +618,15 @@ def _resize(array, height, width):
 
 
 def box_pixels(box, height, width):
-    """The pixels whose centres are in a box, at least one: x1, y1, x2, y2, int.
+    """The pixels whose centres are in a box, at least one.
 
     Args:
-        box: 4 float, x1, y1, x2, y2 in the image.
+        box: 4 float, x1, y1, x2, y2 in pixels, inside of the image.
         height: int, of the image.
         width: int, of the image.
+
+    Returns:
+        tuple of 4 int, x1, y1, x2, y2; the last two are not part of it.
     """
     start, end = np.ceil(np.reshape(box, (2, 2)) - 0.5).astype(int)
     start = np.minimum(start, [width - 1, height - 1])
