@@ -100,13 +100,15 @@ class Programs:
 
     Attributes:
         compilations: list of str, the name of a program for each time it was traced.
+        functions: dict of the name of one of Keras' own functions, such as "train_function", to
+            the shapes it is for and a dict of shapes to those for others. For tensorflow.
         makes_graphs: bool, whether torch may record the steps of loops as CUDA graphs.
         graphs: dict of a stream to the last CUDA graph on it, whose memory the next takes over.
     """
 
     def __init__(self, compile_steps=False):
         self.compile_steps, self.makes_graphs, self.graphs = compile_steps, True, {}
-        self.compilations = []
+        self.compilations, self.functions = [], {}
         self._programs, self._sampler_programs, self._parts = {}, {}, {}
         self._content, self._sampler = [], None
         self._lock = threading.Lock()

@@ -258,14 +258,14 @@ class Batches(data_adapter.DataAdapter):
 
     def get_tf_dataset(self):
         first = self._prepare(self._first_batch())
-        shapes = _shapes(first)
+        shapes = shapes_of(*first)
 
         def arrays():
             for batch in self.arrays():
-                if _shapes(batch) != shapes:
+                if shapes_of(*batch) != shapes:
                     raise ValueError(
                         "With TensorFlow all batches must have the same fields and shapes. "
-                        f"Received: {dict(shapes)} and {dict(_shapes(batch))}"
+                        f"Received: {dict(shapes)} and {dict(shapes_of(*batch))}"
                     )
                 if len(batch[0]["token_ids"]) > self._batch_size:
                     raise ValueError(
@@ -282,7 +282,7 @@ class Batches(data_adapter.DataAdapter):
     @property
     def shapes(self):
         """Names and shapes of the arrays of a batch, without its length."""
-        return _shapes(self._prepare(self._first_batch()))
+        return shapes_of(*self._prepare(self._first_batch()))
 
     @property
     def num_batches(self):
@@ -320,8 +320,9 @@ class Batches(data_adapter.DataAdapter):
         _call(self._data, "on_epoch_end")
 
 
-def _shapes(batch):
-    return tuple((name, array.shape[1:]) for name, array in sorted(batch[0].items()))
+def shapes_of(arrays):
+    """Names and shapes of a dict of arrays, without the length of the batch."""
+    return tuple((name, array.shape[1:]) for name, array in sorted(arrays.items()))
 
 
 def columns_of(batch):

@@ -1145,7 +1145,7 @@ class PaliGemma2(keras.Model):
                 x, validation_data = x.split(validation_split, validation_batch_size)
             elif validation_data is not None:
                 validation_data = self._batches(validation_data, None, validation_batch_size)
-            self._retrace_for_shapes("train_function", x)
+            self._use_function_for("train_function", lambda: x.shapes)
             options = {"callbacks": _with_watch(callbacks, x), "validation_data": validation_data}
         else:
             options = {
@@ -1181,20 +1181,24 @@ class PaliGemma2(keras.Model):
         if self._compile_loss is None:
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
-            self._retrace_for_shapes("test_function", x)
+            self._use_function_for("test_function", lambda: x.shapes)
         try:
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)
         finally:  # after an error, too
             _backend.sync_values(self)
 
-    def train_on_batch(self, x, y=None, **kwargs):
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, **kwargs):
         """One step on one batch, raw or tokenized, see `keras.Model.train_on_batch`."""
         self._check_trainable()
-        return super().train_on_batch(self._one_batch(x, y, kwargs), y, **kwargs)
+        options = {"sample_weight": sample_weight, "class_weight": class_weight, **kwargs}
+        x = self._one_batch("train_function", x, y, options)
+        return super().train_on_batch(x, y, **options)
 
-    def test_on_batch(self, x, y=None, **kwargs):
+    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
         """The metrics of one batch, raw or tokenized, see `keras.Model.test_on_batch`."""
-        return super().test_on_batch(self._one_batch(x, y, kwargs), y, **kwargs)
+        options = {"sample_weight": sample_weight, **kwargs}
+        x = self._one_batch("test_function", x, y, options)
+        return super().test_on_batch(x, y, **options)
 
     def predict_on_batch(self, x):
         """`predict` of one batch, raw or tokenized."""
@@ -1203,7 +1207,7 @@ class PaliGemma2(keras.Model):
         data, count = ([x], 1) if isinstance(x, dict) else (x, len(x))
         return self.predict(data, batch_size=count, verbose=0)
 
-    def _one_batch(self, x, y, options):
+    def _one_batch(self, function_name, x, y, options):
         if self._compile_loss is not None:
             return x
         _refuse_weights(options)
@@ -1211,6 +1215,7 @@ class PaliGemma2(keras.Model):
         data = self._batches(data, y, count)
         data.check_distribution()
         ((prepared,),) = data.arrays()
+        self._use_function_for(function_name, lambda: batches.shapes_of(prepared))
         return prepared
 
     def make_train_function(self, force=False):
@@ -1412,11 +1417,15 @@ class PaliGemma2(keras.Model):
             x, self.preprocessor, self.config.text.vocab_size, batch_size, shuffle
         )
 
-    def _retrace_for_shapes(self, function, data):
-        """Has TensorFlow trace a function anew for other shapes: Keras leaves lengths unknown."""
-        if _backend.BACKEND == "tensorflow" and data.shapes != getattr(self, f"_{function}_of", ()):
-            setattr(self, f"_{function}_of", data.shapes)
-            setattr(self, function, None)
+    def _use_function_for(self, name, get_shapes):
+        """Has TensorFlow trace a function for each set of shapes: Keras leaves lengths unknown."""
+        if _backend.BACKEND != "tensorflow":
+            return
+        last, known = self.programs.functions.get(name, (None, {}))
+        current, shapes = getattr(self, name), get_shapes()
+        known = {} if current is None else {**known, last: current}
+        setattr(self, name, known.get(shapes))
+        self.programs.functions[name] = shapes, known
 
     # LoRA
 

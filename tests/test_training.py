@@ -362,6 +362,25 @@ def test_single_batches(tokenizer, columns):
         model.train_on_batch(x, sample_weight=np.zeros(10))
     with pytest.raises(ValueError, match=r"\['class_weight'\] have no effect"):
         model.test_on_batch(x, class_weight={0: 1})
+    with pytest.raises(ValueError, match=r"\['sample_weight'\] have no effect"):
+        model.test_on_batch(x, None, np.zeros(10))
+
+
+def test_single_batches_of_several_lengths(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.0))
+    step, traces = model.train_step, []
+    model.train_step = lambda *args: traces.append(args) or step(*args)
+    losses = {}
+    for length in (20, 24, 20, 24):
+        model.preprocessor.sequence_length = length
+        for method in (model.train_on_batch, model.test_on_batch):
+            model.reset_metrics()
+            losses.setdefault(method.__name__, []).append(method(columns)[0])
+    for name, values in losses.items():
+        np.testing.assert_allclose(values, losses["train_on_batch"][0], rtol=1e-5, err_msg=name)
+    if _backend.BACKEND == "tensorflow":
+        assert len(traces) == 2
 
 
 @pytest.mark.skipif(_backend.BACKEND != "tensorflow", reason="torch traces nothing, jax once")
