@@ -352,6 +352,8 @@ def columns_of(batch):
         next((batch[name] for name in names if name in batch), None)
         for names in (_IMAGES, _PROMPTS, _RESPONSES)
     ]
+    if "token_ids" in received:
+        raise ValueError("Pass tokenized data to `predict` as one dict of arrays, not in parts.")
     if found[0] is None or found[1] is None:
         raise ValueError(f"Data must be {_FORMS}. Received a dict with {sorted(received)}")
     is_collated = received is batch and isinstance(found[0], list)

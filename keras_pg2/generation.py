@@ -7,6 +7,7 @@ few, so both run the same compiled program.
 
 import dataclasses
 import math
+import numbers
 import time
 
 import numpy as np
@@ -51,17 +52,19 @@ class Sample:
     top_p: float | None = None
 
     def __post_init__(self):
-        if not 1e-6 <= self.temperature < math.inf:
+        is_number = isinstance(self.temperature, numbers.Real)
+        if not is_number or not 1e-6 <= self.temperature < math.inf:
             raise ValueError(
                 "`temperature` must be at least 1e-6; for the most likely token use "
-                f"`sampler='greedy'`. Received: temperature={self.temperature}"
+                f"`sampler='greedy'`. Received: temperature={self.temperature!r}"
             )
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(
                 f"`top_k` must be a positive integer or None. Received: top_k={self.top_k!r}"
             )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be in (0, 1] or None. Received: top_p={self.top_p}")
+        is_number = isinstance(self.top_p, numbers.Real)
+        if self.top_p is not None and not (is_number and 0 < self.top_p <= 1):
+            raise ValueError(f"`top_p` must be in (0, 1] or None. Received: top_p={self.top_p!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +196,10 @@ def get_sampler(sampler):
     """
     if isinstance(sampler, str) and sampler in SAMPLERS:
         return SAMPLERS[sampler]
+    if getattr(sampler, "return_all_beams", False):
+        raise ValueError(
+            "Of a keras_hub sampler's beams only the best is wanted: leave out `return_all_beams`."
+        )
     if isinstance(sampler, (Greedy, Sample, Beam)) or _is_keras_hub(sampler):
         return sampler
     raise ValueError(
@@ -202,7 +209,8 @@ def get_sampler(sampler):
 
 
 def _is_keras_hub(sampler):
-    return hasattr(sampler, "get_next_token") and hasattr(sampler, "compute_probabilities")
+    is_sampler = hasattr(sampler, "get_next_token") and hasattr(sampler, "compute_probabilities")
+    return is_sampler and not isinstance(sampler, type)
 
 
 def row_seeds(seed, count):
@@ -254,6 +262,11 @@ def token_steps(
         yield _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens), None
         return
     choice, method, is_beam = {}, sampler, isinstance(sampler, Beam)
+    if is_beam and sampler.num_beams >= model.config.text.vocab_size:
+        raise ValueError(
+            f"`num_beams` must be less than the vocabulary, {model.config.text.vocab_size}. "
+            f"Received: num_beams={sampler.num_beams}"
+        )
     if isinstance(sampler, Sample):
         choice = _sample_inputs(sampler, seeds, buffer_length, model.config.text.vocab_size)
         method = "filtered" if sampler.top_k or sampler.top_p else "random"
@@ -300,29 +313,28 @@ def _sample_inputs(sampler, seeds, length, vocab_size):
     }
 
 
-def _pad_to_buckets(model, inputs, max_new_tokens):
+def _pad_to_buckets(model, inputs, num_added, added_by="`max_new_tokens`"):
     """Rounds lengths up if programs are compiled. Returns inputs, cache and buffer length."""
     num_image_tokens = model.num_image_tokens(inputs)
     length = inputs["token_ids"].shape[1]
     limit = model.config.text.max_positions
-    if num_image_tokens + length + max_new_tokens > limit:
+    if num_image_tokens + length + num_added > limit:
         raise ValueError(
             f"The model reads at most {limit} tokens (`max_positions`). Received: "
             f"{num_image_tokens} image tokens + {length} tokens of text in the longest of "
-            f"`prompts` + max_new_tokens={max_new_tokens}. Shorten the prompt, or lower "
-            "`max_new_tokens`."
+            f"`prompts` + {num_added} of {added_by}. Shorten the prompt, or lower that number."
         )
-    total = length + max_new_tokens
+    total = length + num_added
     is_compiled = _backend.IS_COMPILED or model.programs.compile_steps
     if is_compiled:
         length = next(bucket for bucket in _BUCKETS if length <= bucket)
-        total = math.ceil((length + max_new_tokens) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
+        total = math.ceil((length + num_added) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     added = ((0, 0), (length - inputs["token_ids"].shape[1], 0))
     inputs = {
         name: np.pad(array, added) if name in _TEXT_INPUTS else array
         for name, array in inputs.items()
     }
-    return inputs, num_image_tokens + total, total if is_compiled else max_new_tokens
+    return inputs, num_image_tokens + total, total if is_compiled else num_added
 
 
 # The loop -----------------------------------------------------------------------------------
@@ -543,6 +555,8 @@ def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
         num_image_tokens = model.num_image_tokens(inputs)
         batch_size, length = inputs["token_ids"].shape
         _, hidden, cache = model.prefill(inputs, cache_length)
+        # Contrastive search compares with all of them: padding counts as the last real one.
+        hidden = ops.where(inputs["padding_mask"][..., None], hidden, hidden[:, -1:])
         blank = ops.zeros((batch_size, max_new_tokens), "int32")
 
         def next(prompt, cache, index):
@@ -592,7 +606,8 @@ def score_suffixes(model, inputs, suffixes, batch_size):
         num_known = model.num_image_tokens(inputs) + inputs["token_ids"].shape[1]
         rounded = math.ceil(length / _SUFFIX_MULTIPLE) * _SUFFIX_MULTIPLE
         length = max(length, min(rounded, model.config.text.max_positions - num_known))
-    inputs, cache_length, _ = _pad_to_buckets(model, inputs, length)
+    longest = "the longest of `candidates`"
+    inputs, cache_length, _ = _pad_to_buckets(model, inputs, length, longest)
     start = model.num_image_tokens(inputs) + inputs["token_ids"].shape[1]
     count = len(suffixes)
     batch_size = min(batch_size, count)
@@ -649,6 +664,7 @@ def generate_batch(model, inputs, sampler, max_new_tokens, stop, seeds, grammar=
         try:
             token_ids, log_probs = steps.send(np.array([is_stopped for *_, is_stopped in answers]))
         except StopIteration:
+            answers = [_answer(model, row, stop, is_over=True) for row in token_ids]
             break
     return [
         Generation(
@@ -679,7 +695,7 @@ def stream_batch(model, inputs, sampler, max_new_tokens, stop, seeds):
     shown = [0] * len(token_ids)
     is_last = False
     while True:
-        answers = [_answer(model, row, stop) for row in token_ids]
+        answers = [_answer(model, row, stop, is_last) for row in token_ids]
         if is_last or not is_beam:
             certain = [
                 text if is_stopped or is_last else text[: _certain_length(text, stop)]
@@ -699,20 +715,27 @@ def stream_batch(model, inputs, sampler, max_new_tokens, stop, seeds):
             is_last = True
 
 
-def _answer(model, token_ids, stop):
-    """Text, number of tokens, and whether the row ended, by `<eos>` or by a stop string."""
+def _answer(model, token_ids, stop, is_over=False):
+    """Text, number of tokens, and whether the row ended, by `<eos>` or by a stop string.
+
+    `is_over` says that no token follows. Else a stop string that began before another one may
+    still become complete.
+    """
     ends = np.flatnonzero(token_ids == EOS_ID)
     count = int(ends[0]) + 1 if len(ends) else len(token_ids)
     if model.preprocessor is None:
         return "", count, bool(len(ends))
     decode = model.preprocessor.tokenizer.decode
     text = decode(token_ids[:count])
-    positions = [position for position in map(text.find, stop) if position >= 0]
-    if not positions:
+    positions = {string: text.find(string) for string in stop if string in text}
+    first = min(positions.values(), default=None)
+    is_over = is_over or len(ends)
+    if first is None or (not is_over and _certain_length(text, stop) < first):
         return text, count, bool(len(ends))
-    while count > 1 and any(string in decode(token_ids[: count - 1]) for string in stop):
+    found = [string for string, position in positions.items() if position == first]
+    while count > 1 and any(string in decode(token_ids[: count - 1]) for string in found):
         count -= 1
-    return text[: min(positions)], count, True
+    return text[:first], count, True
 
 
 def _certain_length(text, stop):

@@ -32,7 +32,7 @@ _SAME_OBJECT = 0.8  # least IoU of two boxes with one label that show one object
 
 def caption_prompt(lang="en", style="coco"):
     """The prefix that asks for a caption; see `PaliGemma2.caption`."""
-    if style not in CAPTION_STYLES:
+    if style not in list(CAPTION_STYLES):
         raise ValueError(f"`style` must be one of {list(CAPTION_STYLES)}. Received: {style!r}")
     return f"{CAPTION_STYLES[style]} {_checked_language(lang)}"
 

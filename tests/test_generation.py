@@ -276,6 +276,25 @@ def test_stop_strings(model, image, stream):
         assert stop not in model.preprocessor.tokenizer.decode(answer.token_ids[:-1])
 
 
+def test_a_stop_string_that_began_before_another(model, image):
+    """The first of them counts, though a later one is complete while its tokens come."""
+    answer = model.generate(image, "ocr", max_new_tokens=12, details=True)
+    texts = [model.preprocessor.tokenizer.decode(answer.token_ids[:n]) for n in range(1, 13)]
+    num_waits = 0
+    for cut in map(len, texts[2:10]):
+        stop = answer.text[cut - 2 : cut], answer.text[cut - 3 : cut + 2]
+        expected = answer.text[: min(map(answer.text.index, stop))]
+        assert model.generate(image, "ocr", max_new_tokens=12, stop=stop) == expected
+        for count, text in enumerate(texts, 1):
+            found = [text.index(string) for string in stop if string in text]
+            args = model, answer.token_ids[:count], stop
+            assert generation_module._answer(*args, is_over=True)[0] == text[: min([99, *found])]
+            text, _, is_stopped = generation_module._answer(*args)
+            assert not is_stopped or text == expected
+            num_waits += bool(found) and not is_stopped
+    assert num_waits
+
+
 def test_certain_length():
     certain = generation_module._certain_length
     assert certain("caf\ufffd", ()) == 3
@@ -389,6 +408,22 @@ def test_keras_hub_samplers(model, image, name, options):
     if name == "RandomSampler":  # its seed generator moves on
         again = model.generate([image, image[::-1]], PROMPTS[:2], sampler=sampler, max_new_tokens=6)
         assert again != answers
+
+
+def test_contrastive_search_does_not_see_padding(model, image):
+    sampler = pytest.importorskip("keras_hub").samplers.ContrastiveSampler(k=5, alpha=0.8)
+    prompts = [f"{'word ' * count}ocr" for count in range(6)]
+    answers = model.generate(image, prompts, sampler=sampler, max_new_tokens=8)
+    alone = [model.generate(image, p, sampler=sampler, max_new_tokens=8) for p in prompts]
+    assert answers == alone
+
+
+def test_all_beams_of_a_keras_hub_sampler(model, image):
+    samplers = pytest.importorskip("keras_hub").samplers
+    with pytest.raises(ValueError, match="leave out `return_all_beams`"):
+        model.generate(image, "ocr", sampler=samplers.BeamSampler(return_all_beams=True))
+    with pytest.raises(ValueError, match="`sampler` must be one of"):
+        model.generate(image, "ocr", sampler=samplers.TopKSampler)
 
 
 def test_a_keras_hub_sampler_may_be_changed(model, image):
@@ -553,6 +588,7 @@ def test_stream_and_generate_share_programs(data, image):
         ({"batch_size": -1}, "`batch_size`"),
         ({"sampler": "nucleus"}, "`sampler` must be one of .*'top_p'.*Received: sampler='nucleus'"),
         ({"sampler": 3}, "`sampler`"),
+        ({"sampler": Beam(10**6)}, "`num_beams` must be less than the vocabulary, .*=1000000"),
         ({"stop": ""}, "`stop`"),
         ({"stop": [3]}, "`stop`"),
         ({"stop": 5}, "`stop`"),
@@ -571,6 +607,8 @@ def test_bad_options(model, image, options, message):
     [
         (Sample, {"temperature": 0}),
         (Sample, {"temperature": float("nan")}),
+        (Sample, {"temperature": "1"}),
+        (Sample, {"top_p": "1"}),
         (Sample, {"top_k": 0}),
         (Sample, {"top_k": 1.5}),
         (Sample, {"top_p": 0.0}),
@@ -587,6 +625,8 @@ def test_bad_samplers(sampler, options):
 def test_long_prompt(model, image):
     with pytest.raises(ValueError, match=r"at most 8192 tokens.*9 image tokens \+ \d+ tokens"):
         model.generate(image, "word " * 5000)
+    with pytest.raises(ValueError, match=r"tokens.* \+ \d+ of the longest of `candidates`"):
+        model.score(image, "ocr", ["word", "word " * 5000])
 
 
 def test_bad_texts(model, image):
