@@ -22,7 +22,7 @@ from keras_pg2.gemma import GemmaDecoder
 from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype
 from keras_pg2.losses import token_losses
 from keras_pg2.preprocessing import Preprocessor, batch_examples, image_size
-from keras_pg2.quantization import group_size_of, scheme_of, unlocked
+from keras_pg2.quantization import QuantizedMatrix, group_size_of, scheme_of, unlocked
 from keras_pg2.segmentation import SegmentationCodec
 from keras_pg2.siglip import SiglipTower
 from keras_pg2.tokenizer import EOS_ID, Tokenizer
@@ -703,7 +703,7 @@ class PaliGemma2(keras.Model):
             batch_size: int, images in one batch.
 
         Returns:
-            EncodedImage, or list of EncodedImage. All methods take them in place of images.
+            EncodedImage, or list of EncodedImage. All other methods take them in place of images.
 
         Raises:
             ValueError: if an argument is out of range, or the model has no preprocessor.
@@ -1076,12 +1076,31 @@ class PaliGemma2(keras.Model):
                 self._loss = keras.metrics.Mean(name="loss")
                 self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
 
+    def get_weights(self):
+        """NumPy arrays of all variables. Those of "int4" are as in files, on every backend."""
+        files = {id(matrix.codes): matrix.codes_in_file for matrix in self._int4_matrices()}
+        return [files.get(id(v), v.numpy)() for v in self.weights]
+
+    def set_weights(self, weights):
+        """Sets all variables to what `get_weights` gave."""
+        places = {id(variable): place for place, variable in enumerate(self.weights)}
+        weights = [*weights]
+        for matrix in self._int4_matrices() if len(weights) == len(places) else ():
+            place = places[id(matrix.codes)]
+            weights[place] = matrix.laid_out(np.array(weights[place], order="C"))
+        super().set_weights(weights)
+
+    def _int4_matrices(self):
+        layers = self._flatten_layers()
+        return [x for x in layers if isinstance(x, QuantizedMatrix) and x.mode == "int4"]
+
     def get_compile_config(self):
         _backend.sync_values(self)  # the learning rate is a variable
         config = super().get_compile_config()
         return config and {**config, "label_smoothing": self.label_smoothing}
 
     def compile_from_config(self, config):
+        config = _with_any_optimizers(config)
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
@@ -1856,6 +1875,16 @@ def _with_watch(callbacks, data):
     if isinstance(callbacks, keras.callbacks.Callback):
         callbacks = [callbacks]
     return [_Watch(data), *(callbacks or [])]
+
+
+def _with_any_optimizers(config):
+    """A config of `compile` with optimizers of any backend: Keras writes those of torch as such."""
+    if not isinstance(config, dict):
+        return config
+    config = {name: _with_any_optimizers(value) for name, value in config.items()}
+    if str(config.get("module")).startswith("keras.src.backend.torch.optimizers."):
+        config["module"] = "keras.optimizers"
+    return config
 
 
 def _refuse_weights(options):

@@ -146,11 +146,24 @@ class QuantizedMatrix(keras.layers.Layer):
 
     def assign(self, codes, scales):
         """Sets codes and scales, NumPy arrays as in files, which must not be used again."""
-        codes = _backend.from_numpy(codes, self.codes.dtype)
-        if self.mode == "int4":
-            codes = _backend.tile_int4(codes, _backend.int4_tile(codes, self.compute_dtype))
-        _backend.set_value(self.codes, codes)
+        _backend.set_value(self.codes, self.laid_out(codes))
         _backend.set_value(self.scales, _backend.from_numpy(scales, "bfloat16"))
+
+    def laid_out(self, codes):
+        """A tensor of codes, a NumPy array as in files, laid out as `codes` are."""
+        codes = _backend.from_numpy(codes, self.codes.dtype)
+        if self.mode == "int4" and codes.shape == self.codes.shape:
+            codes = _backend.tile_int4(codes, _backend.int4_tile(codes, self.compute_dtype))
+        return codes
+
+    def codes_in_file(self):
+        """Codes as in files, a NumPy array."""
+        codes = self.codes.value
+        if self._tile is None:
+            return ops.convert_to_numpy(codes)
+        return _packed(
+            ops.convert_to_numpy(_backend.unpack_int4(codes, self._tile)), self.group_size
+        )
 
     def multiply(self, x, in_float32=False):
         """`x` times the transposed matrix.
@@ -236,12 +249,7 @@ class QuantizedMatrix(keras.layers.Layer):
         )
 
     def save_own_variables(self, store):
-        codes = self.codes.value
-        if self._tile is None:
-            store["codes"] = ops.convert_to_numpy(codes)
-        else:
-            codes = ops.convert_to_numpy(_backend.unpack_int4(codes, self._tile))
-            store["codes"] = _packed(codes, self.group_size)
+        store["codes"] = self.codes_in_file()
         store["scales"] = self.scales
 
     def load_own_variables(self, store):

@@ -478,8 +478,19 @@ def test_clone_and_weights(mode, inputs):
     """Keras' own copies."""
     model = keras_pg2.PaliGemma2.from_preset(TINY, quantize=mode)
     clone = keras.models.clone_model(model)
-    clone.set_weights(model.get_weights())
+    weights = model.get_weights()
+    clone.set_weights(weights)
     np.testing.assert_array_equal(_numpy(clone(inputs)), _numpy(model(inputs)))
+    # Codes are as in files, whatever their layout in memory, so other backends may take them.
+    matrix = clone.text.blocks[0].mlp.up.quantized
+    place = next(i for i, v in enumerate(clone.weights) if v is matrix.codes)
+    stored = {}
+    matrix.save_own_variables(stored)
+    np.testing.assert_array_equal(weights[place], stored["codes"])
+    with pytest.raises(ValueError, match="shape"):
+        clone.set_weights([np.zeros((2, 2))] * len(weights))
+    with pytest.raises(ValueError, match="weights"):
+        clone.set_weights(weights[:-1])
 
 
 def test_a_file_is_read_without_unquantized_matrices(tmp_path, monkeypatch):
