@@ -100,8 +100,7 @@ class Programs:
 
     Attributes:
         compilations: list of str, the name of a program for each time it was traced.
-        functions: dict of the name of one of Keras' own functions, such as "train_function", to
-            the shapes it is for and a dict of shapes to those for others. For tensorflow.
+        functions: dict, Keras' own functions by their shapes, see `PaliGemma2._use_function_for`.
         makes_graphs: bool, whether torch may record the steps of loops as CUDA graphs.
         graphs: dict of a stream to the last CUDA graph on it, whose memory the next takes over.
     """

@@ -262,11 +262,6 @@ def token_steps(
         yield _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens), None
         return
     choice, method, is_beam = {}, sampler, isinstance(sampler, Beam)
-    if is_beam and sampler.num_beams >= model.config.text.vocab_size:
-        raise ValueError(
-            f"`num_beams` must be less than the vocabulary, {model.config.text.vocab_size}. "
-            f"Received: num_beams={sampler.num_beams}"
-        )
     if isinstance(sampler, Sample):
         choice = _sample_inputs(sampler, seeds, buffer_length, model.config.text.vocab_size)
         method = "filtered" if sampler.top_k or sampler.top_p else "random"

@@ -784,7 +784,13 @@ class PaliGemma2(keras.Model):
             raise ValueError(f"`stop` must be one or more non-empty strings. Received: {stop!r}")
         if stop:
             self._require_preprocessor()
-        return generation.get_sampler(sampler), tuple(stop)
+        sampler, vocab_size = generation.get_sampler(sampler), self.config.text.vocab_size
+        if isinstance(sampler, generation.Beam) and sampler.num_beams >= vocab_size:
+            raise ValueError(
+                f"`num_beams` must be less than the vocabulary, {vocab_size}. Received: "
+                f"num_beams={sampler.num_beams}"
+            )
+        return sampler, tuple(stop)
 
     def _require_preprocessor(self):
         if self.preprocessor is None:
