@@ -578,7 +578,14 @@ def test_files_for_transformers(model, tmp_path):
     }
     assert PaliGemma2.from_preset(tmp_path / "hf").config == model.config
     # As a mask transformers would add what the tiny preset's vocabulary lacks, before <image>.
-    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["mask_token"] is None
+    options = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert options["mask_token"] is None
+    # `AutoTokenizer` knows no tokens but these, and spells others: checked with 5.23 as well.
+    tokenizer = model.preprocessor.tokenizer
+    added = {int(id): token["content"] for id, token in options["added_tokens_decoder"].items()}
+    assert len(added) == 1024 + 128
+    for id, text in added.items():
+        assert tokenizer.encode(text) == [id]
 
 
 def test_shards_are_written_above_a_size(model, tmp_path):

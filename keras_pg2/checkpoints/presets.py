@@ -691,6 +691,13 @@ def _hugging_face_files(config, dtype, preprocessor):
     size = config.vision.image_size
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     special |= {"unk_token": "<unk>", "additional_special_tokens": ["<image>"]}
+    # Without these entries transformers' `AutoTokenizer` would spell `<loc0001>` letter by letter.
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
+    tokenizer = preprocessor.tokenizer
+    added = {
+        str(id): {"content": tokenizer.decode([id]), **flags}
+        for id in (*tokenizer.location_ids, *tokenizer.segment_ids)
+    }
     return files | {
         "preprocessor_config.json": {
             "processor_class": "PaliGemmaProcessor",
@@ -713,6 +720,7 @@ def _hugging_face_files(config, dtype, preprocessor):
             "add_eos_token": False,
             # Else transformers adds one, before <image>, where the vocabulary has none.
             "mask_token": None,
+            "added_tokens_decoder": added,
             **special,
         },
         "special_tokens_map.json": special,
