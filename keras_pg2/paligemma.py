@@ -1088,12 +1088,24 @@ class PaliGemma2(keras.Model):
         return [files.get(id(v), v.numpy)() for v in self.weights]
 
     def set_weights(self, weights):
-        """Sets all variables to what `get_weights` gave."""
+        """Sets all variables to what `get_weights` gave.
+
+        Raises:
+            ValueError: if numbers or shapes differ, or the kernel of a merged layer.
+        """
         places = {id(variable): place for place, variable in enumerate(self.weights)}
         weights = [*weights]
         for matrix in self._int4_matrices() if len(weights) == len(places) else ():
             place = places[id(matrix.codes)]
             weights[place] = matrix.laid_out(np.array(weights[place], order="C"))
+        for layer in self._flatten_layers() if len(weights) == len(places) else ():
+            kernel = layer._kernel if getattr(layer, "is_merged", False) else None
+            if kernel is not None and (kernel.numpy() != weights[places[id(kernel)]]).any():
+                raise ValueError(
+                    f"LoRA of {layer.path!r} is merged, and the weights have another kernel, which "
+                    "`save` and `unmerge_lora` would lose. Call `unmerge_lora()` or `drop_lora()` "
+                    "first."
+                )
         super().set_weights(weights)
 
     def _int4_matrices(self):

@@ -447,6 +447,21 @@ def test_merged_layers_are_not_trained(batch):
             train(data)
 
 
+def test_weights_of_another_kernel_do_not_go_into_a_merged_one():
+    """Neither `save` nor `unmerge_lora` would keep them."""
+    model = _model(rank=2, pattern="query")
+    model.merge_lora()
+    weights = model.get_weights()
+    model.set_weights(weights)
+    kernel = model.text.blocks[1].attention.query._kernel
+    place = next(i for i, v in enumerate(model.weights) if v is kernel)
+    weights[0], weights[place] = weights[0] + 1, weights[place] * 0.5
+    before = _weights(model)
+    with pytest.raises(ValueError, match=r"block_1/attention/query' is merged.*`unmerge_lora"):
+        model.set_weights(weights)
+    assert all((value == before[path]).all() for path, value in _weights(model).items())
+
+
 def test_what_is_frozen_stays_so_through_merging(tmp_path):
     model = _model(rank=2, pattern="query|value")
     model.freeze(["query.*lora", "block_1.*lora_kernel_a"])
@@ -675,6 +690,8 @@ def test_adapter_round_trip(batch, tmp_path):
     ]
     with pytest.raises(FileExistsError, match=r"adapter_config\.json.*overwrite=True"):
         model.save_adapter(tmp_path / "new" / "adapter")
+    with pytest.raises(FileExistsError, match="is a file, where a folder is to be"):
+        model.save_adapter(tmp_path / "new" / "adapter" / "adapter_config.json", overwrite=True)
     model.save_adapter(tmp_path / "new" / "adapter", base_model="tiny", overwrite=True)
     modes = {path.stat().st_mode for path in (tmp_path / "new" / "adapter").iterdir()}
     assert len(modes) == 1  # both readable by the same users
