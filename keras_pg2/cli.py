@@ -34,12 +34,17 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv=None):
-    """Runs the command. Returns 0, 1 after errors that were printed, or 130 after Ctrl+C."""
+    """Runs the command. Returns 0, 1 after errors that were printed, 130 after Ctrl+C, or 141."""
     options = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # no letter ends a run, whatever the terminal knows
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as by `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         _report(error)
         return 1
@@ -240,6 +245,7 @@ def _image_paths(names):
                 os.path.join(name, entry)
                 for entry in os.listdir(name)
                 if entry.lower().endswith(_IMAGE_ENDINGS)
+                and not os.path.isdir(os.path.join(name, entry))
             )
             if not found:
                 raise FileNotFoundError(f"The folder {name!r} has no pictures.")
@@ -250,7 +256,7 @@ def _image_paths(names):
         elif not glob.has_magic(name):
             raise FileNotFoundError(f"No such image file: {name!r}")
         else:
-            found = sorted(glob.glob(name, recursive=True))
+            found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
             if not found:
                 raise FileNotFoundError(f"No file is like {name!r}.")
         paths += found

@@ -224,7 +224,8 @@ def write_jsonl(path, examples, *, overwrite=False):
         if isinstance(image, (str, os.PathLike)):
             if not os.path.isfile(image):
                 raise ValueError(f"There is no picture {os.fspath(image)!r}.")
-            return os.path.relpath(image, folder).replace(os.sep, "/")
+            image_path = os.path.realpath(os.path.dirname(image)), os.path.basename(image)
+            return os.path.relpath(os.path.join(*image_path), folder).replace(os.sep, "/")
         levels = image_pixels(image)
         digest = hashlib.sha256(repr(levels.shape).encode() + levels.tobytes()).hexdigest()
         relative = f"{image_folder}/{digest[:32]}.png"
@@ -445,7 +446,10 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                     "`name` must be a word or more without ';', '<' and line breaks. "
                     f"Received: {name!r}."
                 )
-            categories[_field(category, "id", (int, str))] = rank, name
+            id = _field(category, "id", (int, str))
+            if id in categories:
+                raise ValueError(f"`id` {id!r} belongs to another category already.")
+            categories[id] = rank, name
     num_empty = 0
     for path, image, image_annotations in pictures:
         objects = []

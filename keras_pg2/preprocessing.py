@@ -62,16 +62,11 @@ class Preprocessor:
                 f"`interpolation` must be one of {list(_INTERPOLATIONS)}. "
                 f"Received: interpolation={interpolation!r}"
             )
-        if sequence_length is None:
-            sequence_length = 128 if image_size <= 224 else 512
-        if not isinstance(sequence_length, int) or sequence_length < 2:
-            raise ValueError(
-                "`sequence_length` must be an integer of at least 2. "
-                f"Received: sequence_length={sequence_length!r}"
-            )
         self.tokenizer = tokenizer
-        self.image_size = image_size
-        self.sequence_length = sequence_length
+        self.image_size = _integer("image_size", image_size, 1)
+        if sequence_length is None:
+            sequence_length = 128 if self.image_size <= 224 else 512
+        self.sequence_length = _integer("sequence_length", sequence_length, 2)
         self.interpolation = interpolation
 
     def get_config(self):
@@ -174,7 +169,7 @@ class Preprocessor:
             dict of "images" float32 (B, M, I, I, 3), "token_ids" int32 (B, T),
             "padding_mask" bool (B, T) and "suffix_mask" bool (B, T).
         """
-        _check_counts(images, prompts)
+        _check_counts(images, prompts, responses or prompts)
         texts = self.texts_for_generation(prompts, responses)
         return {"images": self.load_images(images), **texts}
 
@@ -200,7 +195,7 @@ class Preprocessor:
                 tokens, else 0. With `reduction="mean_with_sample_weight"` the loss is the
                 mean over examples of the mean over their suffix tokens, as in big_vision.
         """
-        _check_counts(images, prompts)
+        _check_counts(images, prompts, responses)
         length = self.sequence_length
         pairs = zip(prompts, responses, strict=True)
         texts = [self.tokenize(prompt, response, end=True) for prompt, response in pairs]
@@ -213,11 +208,20 @@ class Preprocessor:
         return x, y, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
 
 
-def _check_counts(images, prompts):
-    if isinstance(prompts, str) or len(images) != len(prompts):
+def _integer(name, value, least):
+    """An argument as int."""
+    if not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(
-            "`images` and `prompts` must be lists of one length, an item for each example. "
-            f"Received: {len(images)} examples of images, prompts={prompts!r:.80}"
+            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def _check_counts(images, *texts):
+    if any(isinstance(text, str) or len(text) != (len(images) or -1) for text in texts):
+        raise ValueError(
+            "`images`, `prompts` and `responses` must be lists of one length, an item for each "
+            f"example. Received: {len(images)} examples of images, prompts={texts[0]!r:.80}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Mapping
 
@@ -182,14 +183,16 @@ def get(name, image_size=224):
         Recipe.
 
     Raises:
-        ValueError: if there is no such task.
+        ValueError: if there is no such task, or `image_size` is no number.
 
     Example:
         >>> keras_pg2.recipes.get("refcoco", image_size=448).learning_rate
         1e-05
     """
-    if name not in RECIPES:
+    if name not in list(RECIPES):
         raise ValueError(f"`name` must be one of {sorted(RECIPES)}. Received: name={name!r}")
+    if not isinstance(image_size, numbers.Real):
+        raise ValueError(f"`image_size` must be a number. Received: image_size={image_size!r}")
     sizes = RECIPES[name]
     smaller = [size for size in sizes if size <= image_size]
     return sizes[max(smaller, default=min(sizes))]

@@ -680,7 +680,7 @@ def encode_detection(boxes, labels, height, width):
 
     Raises:
         ValueError: if the numbers differ, a box is outside of the image, or empty itself or in
-            location tokens, or a label is no string or contains ";", which separates objects.
+            location tokens, or a label is no string or contains ";", "<" or a line break.
 
     Example:
         >>> encode_detection([(50, 30, 160, 90)], ["cat"], height=120, width=200)
@@ -707,7 +707,7 @@ def encode_segmentation(codec, masks, labels, boxes=None):
     Raises:
         ValueError: if the numbers differ, masks are not bool, a mask is empty, a box is outside of
             the image, or empty itself or in location tokens, or a label is no string or contains
-            ";".
+            ";", "<" or a line break.
     """
     is_single = not len(labels) or isinstance(labels[0], str)
     if is_single:
@@ -793,9 +793,9 @@ def _join(tokens, labels):
             f"Received: labels={labels!r}"
         )
     for label in labels:
-        if not isinstance(label, str) or ";" in label:
+        if not isinstance(label, str) or set(";<\n") & set(label.strip()):
             raise ValueError(
-                "A label must be a string without ';', which separates objects. "
-                f"Received: {label!r}"
+                "A label must be a string without ';', '<' and line breaks, at which it would be "
+                f"read as another. Received: {label!r}"
             )
     return " ; ".join(f"{token} {label.strip()}".rstrip() for token, label in zip(tokens, labels))

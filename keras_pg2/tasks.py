@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 from keras_pg2.generation import Grammar
-from keras_pg2.segmentation import GRID_SIZE, location_tokens, mask_from_codes
+from keras_pg2.segmentation import GRID_SIZE, has_area, location_tokens, mask_from_codes
 from keras_pg2.tokenizer import EOS_ID, NUM_LOCATIONS, NUM_SEGMENTS
 
 _LOG = logging.getLogger(__name__)
@@ -62,6 +62,11 @@ def region_prompt(box, width, height):
     if not (x1 < width and y1 < height and x2 > 0 and y2 > 0):
         raise ValueError(
             f"A box must overlap its picture of {width} × {height} pixels. Received: {box}"
+        )
+    if not has_area((x1, y1, x2, y2), height, width):
+        raise ValueError(
+            "A box must have a width and a height in location tokens, of which there are "
+            f"{NUM_LOCATIONS} a side. Received: {box} in a picture of {width} × {height} pixels"
         )
     return f"caption {location_tokens((x1, y1, x2, y2), height, width)}"
 
@@ -314,7 +319,7 @@ def _detections(text, width, height, codec=None, score=None):
         for i, mask in zip(with_mask, masks):
             mask = mask_from_codes(mask, found[i].box, height, width)
             found[i] = dataclasses.replace(found[i], mask=mask)
-    return Detections(tuple(found), width, height, text)
+    return Detections(tuple(found), int(width), int(height), text)
 
 
 def read_detections(generation, tokenizer, things, width, height, codec=None):

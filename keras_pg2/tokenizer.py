@@ -91,7 +91,10 @@ class Tokenizer:
         with open(os.path.expanduser(path), "rb") as file:
             content = file.read()
         is_json = content.startswith((b"{", b"\xef\xbb\xbf{"))  # no SentencePiece model starts so
-        return cls(tokenizer_json.sentencepiece_model(content) if is_json else content)
+        try:
+            return cls(tokenizer_json.sentencepiece_model(content) if is_json else content)
+        except ValueError as error:
+            raise ValueError(f"The file {os.fspath(path)!r} is no tokenizer: {error}") from error
 
     def encode(self, text):
         """Token ids of a text, without `<bos>` and `<eos>`.

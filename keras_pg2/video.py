@@ -46,7 +46,7 @@ def frames_from_video(path, count=16):
         for index, frame in enumerate(_decoded(av, path)):
             if index in wanted:
                 frames[index] = _picture(frame)
-    except (av.FFmpegError, IndexError) as error:
+    except av.FFmpegError as error:
         raise ValueError(f"The file {path!r} is no video that can be read: {error}") from error
     if not frames:
         raise ValueError(f"The video {path!r} has no pictures.")
@@ -55,6 +55,8 @@ def frames_from_video(path, count=16):
 
 def _decoded(av, path):
     with av.open(path) as container:
+        if not container.streams.video:
+            raise ValueError(f"The file {path!r} is no video that can be read: it has no pictures.")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         yield from container.decode(stream)

@@ -1,5 +1,6 @@
 import functools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -76,6 +77,7 @@ def test_folders_and_patterns(data, folder, capsys, pattern):
     assert lines[0]["text"] == lines[1]["text"]
     assert "b.png" in captured.err
     assert "1 of 3 pictures could not be read" in captured.err
+    (folder / "folder.png").mkdir()  # is no picture
     text = run(capsys, data, "ocr", name, code=1).out
     assert text.startswith(f"{folder / 'a.png'}\t")
 
@@ -274,6 +276,18 @@ def test_interruption(picture, monkeypatch):
 
     monkeypatch.setattr(PaliGemma2, "from_preset", interrupt)
     assert cli.main(["ocr", picture]) == 130
+
+
+def test_nobody_reads_on(picture, monkeypatch):
+    """As with `| head`."""
+
+    def write(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(PaliGemma2, "from_preset", write)
+    with open(os.devnull, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert cli.main(["ocr", picture]) == 141
 
 
 def test_long_answers(data, picture, monkeypatch):

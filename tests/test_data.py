@@ -247,6 +247,11 @@ def test_links_and_the_home_folder(folder, image, monkeypatch):
     data.write_jsonl(folder / "link" / "t.jsonl", examples)
     (example,) = data.jsonl(folder / "link" / "t.jsonl")
     assert os.path.samefile(example["image"], folder / "0.png")
+    (deep.parent / "0.png").write_bytes((folder / "1.png").read_bytes())
+    examples = [{"image": folder / "link" / ".." / "0.png", "prefix": "p", "suffix": "s"}]
+    data.write_jsonl(folder / "up.jsonl", examples)
+    (example,) = data.jsonl(folder / "up.jsonl")
+    assert os.path.samefile(example["image"], deep.parent / "0.png")
     monkeypatch.setenv("HOME", str(folder))
     data.write_jsonl("~/home.jsonl", [{"image": image, "prefix": "p", "suffix": "s"}])
     (example,) = data.jsonl("~/home.jsonl")
@@ -412,6 +417,10 @@ def test_bad_categories_and_prompts(coco):
     content["categories"][1]["name"] = "cat <loc0001>"
     _save(coco, content)
     with pytest.raises(ValueError, match=r"category 1: `name` must be .*without ';', '<'"):
+        data.coco_detection(coco)
+    content["categories"][1] = {**content["categories"][0], "name": "mat"}
+    _save(coco, content)
+    with pytest.raises(ValueError, match=r"`id` \d+ belongs to another category already"):
         data.coco_detection(coco)
     with pytest.raises(ValueError, match=r"`prompt` must be one of .*Received: prompt='boxes'"):
         data.coco_detection(coco, prompt="boxes")

@@ -339,6 +339,19 @@ def test_batches_are_lists_of_lists(preprocessor, image):
             preprocessor.for_generation(images, prompts)
         with pytest.raises(ValueError, match=message):
             preprocessor.for_training(images, prompts, ["a"] * len(prompts))
+    for method in (preprocessor.for_generation, preprocessor.for_training):
+        with pytest.raises(ValueError, match="`responses` must be lists of one length"):
+            method([[image]], ["a"], ["b", "c"])
+        with pytest.raises(ValueError, match="lists of one length"):
+            method([], [], [])
+
+
+def test_sizes_of_a_preprocessor(tokenizer):
+    preprocessor = Preprocessor(tokenizer, np.int64(56), np.int64(24))
+    assert json.dumps(preprocessor.get_config())
+    for name, value in (("image_size", 0), ("image_size", 56.0), ("sequence_length", 1)):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer .*={value}"):
+            Preprocessor(tokenizer, **{"image_size": 56, name: value})
 
 
 def test_examples_of_one_image_and_one_prompt(image):

@@ -206,3 +206,10 @@ def test_accumulated_batches_end_the_schedule_together():
     assert rates[4] == pytest.approx(1e-5 * 0.5 * (1 + np.cos(np.pi * 3 / 7)))
     assert float(ops.convert_to_numpy(optimizer.learning_rate)) == pytest.approx(0, abs=1e-12)
     assert ops.convert_to_numpy(variable)[0] == pytest.approx(1 - sum(rates[1::2]), abs=1e-7)
+
+
+def test_wrong_names_and_sizes():
+    with pytest.raises(ValueError, match=r"`name` must be one of .*Received: name=\['vqav2'\]"):
+        recipes.get(["vqav2"])
+    with pytest.raises(ValueError, match=r"`image_size` must be a number\. Received: .*='448'"):
+        recipes.get("vqav2", image_size="448")

@@ -387,6 +387,8 @@ def test_detection(boxes, labels, suffix):
         ([(1, 2, 3, 4)], "a", "Received: labels='a'"),
         ([(1, 2, 3, 4)], ["a ; b"], "without ';'.*Received: 'a ; b'"),
         ([(1, 2, 3, 4)], [3], "Received: 3"),
+        ([(1, 2, 3, 4)], ["a<b"], "without ';', '<' and line breaks.*Received: 'a<b'"),
+        ([(1, 2, 3, 4)], ["a\nb"], "line breaks"),
     ],
 )
 def test_wrong_objects(boxes, labels, message):

@@ -89,6 +89,7 @@ def test_lists_of_things(things, expected):
         (lambda: tasks.region_prompt(("a", 2, 3, 4), 10, 10), "4 numbers"),
         (lambda: tasks.region_prompt(3, 10, 10), "4 numbers"),
         (lambda: tasks.region_prompt((11, 2, 13, 4), 10, 10), "overlap"),
+        (lambda: tasks.region_prompt((50, 9, 50.02, 99), 100, 100), "location tokens"),
     ],
 )
 def test_prompts_of_bad_input(call, message):
@@ -197,6 +198,8 @@ def test_any_answer_is_read(text):
             overlap = tasks.box_overlap(one.box, other.box)
             assert one is other or one.label != other.label or overlap < 0.8
     json.dumps(found.to_dict())
+    sizes = map(np.int64, (found.width, found.height))
+    assert json.dumps(parse_detections(text, *sizes).to_dict()) == json.dumps(found.to_dict())
 
 
 @hypothesis.settings(

@@ -59,6 +59,13 @@ def test_missing_file(tmp_path):
         Tokenizer.from_file(tmp_path / "tokenizer.model")
 
 
+@pytest.mark.parametrize("content", [b"", b"no model"])
+def test_damaged_file(content, tmp_path):
+    (tmp_path / "cut.model").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cut\.model' is no tokenizer"):
+        Tokenizer.from_file(tmp_path / "cut.model")
+
+
 def test_only_text_is_encoded(tokenizer):
     with pytest.raises(ValueError, match=r"must be a str\. Received: b'a'"):
         tokenizer.encode(b"a")

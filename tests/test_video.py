@@ -112,5 +112,13 @@ def test_bad_videos(tmp_path, video):
     path.write_bytes(b"no video at all" * 100)
     with pytest.raises(ValueError, match=r"noise\.mp4"):
         frames_from_video(path)
+    av = pytest.importorskip("av")
+    with av.open(tmp_path / "sound.wav", "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), "int16"), "s16", "mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(ValueError, match=r"sound\.wav.*it has no pictures"):
+        frames_from_video(tmp_path / "sound.wav")
     with pytest.raises(ValueError, match="count=0"):
         frames_from_video(video, 0)

@@ -70,6 +70,8 @@ def save_adapter(model, folder, base_model=None, overwrite=False):
         raise FileExistsError(
             f"{config_path!r} exists already. Choose another folder, or pass `overwrite=True`."
         )
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise FileExistsError(f"{folder!r} is a file, where a folder is to be.")
     kernels = _kernel_specs(model.config)
     base_model = base_model and os.fspath(base_model)
     layers = {path: layers[path] for path in kernels if path in layers}  # first block first
