@@ -410,6 +410,7 @@ def test_keras_hub_samplers(model, image, name, options):
         assert again != answers
 
 
+@pytest.mark.skipif(_backend.IS_COMPILED, reason="compiles for half a minute; the code is one")
 def test_contrastive_search_does_not_see_padding(model, image):
     sampler = pytest.importorskip("keras_hub").samplers.ContrastiveSampler(k=5, alpha=0.8)
     prompts = [f"{'word ' * count}ocr" for count in range(6)]

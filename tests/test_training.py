@@ -299,7 +299,7 @@ def test_fit_evaluate_predict(tokenizer, columns):
 
 
 @pytest.mark.parametrize("is_scaled", [False, True])
-def test_an_optimizer_of_torch_goes_on_elsewhere(tokenizer, columns, is_scaled):
+def test_an_optimizer_of_torch_goes_on_elsewhere(tokenizer, is_scaled):
     """Keras writes the class of its optimizer for torch, which no other backend can use."""
     model = micro_model(tokenizer)
     optimizer = keras.optimizers.AdamW(0.02, beta_1=0.8)
@@ -312,7 +312,6 @@ def test_an_optimizer_of_torch_goes_on_elsewhere(tokenizer, columns, is_scaled):
     optimizer = model.optimizer.inner_optimizer if is_scaled else model.optimizer
     assert type(optimizer) is type(keras.optimizers.AdamW())
     assert optimizer.beta_1 == 0.8
-    assert np.isfinite(model.train_on_batch(columns)[0])
 
 
 def test_saving_within_fit(tokenizer, columns, tmp_path):
