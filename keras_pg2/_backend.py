@@ -346,6 +346,19 @@ def sync_values(model):
         model.jax_state_sync()
 
 
+def unshare(variables):
+    """Gives each variable memory of its own on jax, where training steps write over it.
+
+    Keras has weights share that of their averages when `use_ema` ends `fit`; the next fails.
+    """
+    if BACKEND == "jax":
+        seen = set()
+        for variable in variables:
+            if id(variable.value) in seen:
+                variable.assign(jnp.copy(variable.value))
+            seen.add(id(variable.value))
+
+
 def compilation_cache(folder):
     """Keeps compiled programs in a folder from now on, for later processes. See `from_preset`."""
     folder = os.path.abspath(os.path.expanduser(folder))

@@ -1434,6 +1434,7 @@ class PaliGemma2(keras.Model):
                 "dtype='mixed_bfloat16' (float32 weights), with LoRA, or with SGD."
             )
         if optimizer is not None and optimizer.built:
+            _backend.unshare([*self.trainable_variables, *optimizer.variables])
             known = optimizer._trainable_variables
             if {id(v) for v in known} != {id(v) for v in self.trainable_variables}:
                 raise ValueError(

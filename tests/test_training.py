@@ -298,6 +298,20 @@ def test_fit_evaluate_predict(tokenizer, columns):
     )
 
 
+def test_fit_goes_on_after_averages(tokenizer, columns):
+    """A Keras model fails at its second `fit` with jax."""
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5))
+    for _ in range(2):
+        model.fit(columns, batch_size=10, verbose=0)
+        weights = model.trainable_variables
+        for weight, average in zip(weights, model.optimizer._model_variables_moving_average):
+            np.testing.assert_array_equal(*map(ops.convert_to_numpy, (weight, average)))
+    before = ops.convert_to_numpy(weights[0]).copy()
+    model.train_on_batch(columns)
+    assert (ops.convert_to_numpy(weights[0]) != before).any()
+
+
 @pytest.mark.parametrize("is_scaled", [False, True])
 def test_an_optimizer_of_torch_goes_on_elsewhere(tokenizer, is_scaled):
     """Keras writes the class of its optimizer for torch, which no other backend can use."""
