@@ -1076,7 +1076,7 @@ class PaliGemma2(keras.Model):
             raise ValueError("`label_smoothing` goes with `loss=None`. Set it in `loss` instead.")
         self._compile_loss = None
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self._jit_option = label_smoothing, kwargs.get("jit_compile", "auto")
         if not hasattr(self, "_loss"):
             with unlocked(self):
                 self._loss = keras.metrics.Mean(name="loss")
@@ -1115,7 +1115,11 @@ class PaliGemma2(keras.Model):
     def get_compile_config(self):
         _backend.sync_values(self)  # the learning rate is a variable
         config = super().get_compile_config()
-        return config and {**config, "label_smoothing": self.label_smoothing}
+        if not config:
+            return config
+        # Keras has "auto" as what it means on this backend, which others would be slow with.
+        options = {"label_smoothing": self.label_smoothing, "jit_compile": self._jit_option}
+        return {**config, **options}
 
     def compile_from_config(self, config):
         config = _with_any_optimizers(config)

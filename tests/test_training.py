@@ -298,6 +298,17 @@ def test_fit_evaluate_predict(tokenizer, columns):
     )
 
 
+@pytest.mark.parametrize("option", ["auto", False])
+def test_each_backend_decides_what_it_compiles(tokenizer, option, tmp_path):
+    """With `True` of jax torch would trace for minutes, with `False` of torch jax be slow."""
+    model = micro_model(tokenizer)
+    model.compile("sgd", **({} if option == "auto" else {"jit_compile": option}))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_compile_config()["jit_compile"] == option
+    assert loaded.jit_compile == model.jit_compile
+
+
 def test_fit_goes_on_after_averages(tokenizer, columns):
     """A Keras model fails at its second `fit` with jax."""
     model = micro_model(tokenizer)
