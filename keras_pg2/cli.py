@@ -3,6 +3,7 @@
 import argparse
 import collections
 import glob
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,11 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv=None):
-    """Runs the command. Returns 0, 1 after errors that were printed, 130 after Ctrl+C, or 141."""
+    """Runs the command.
+
+    Returns:
+        int, 0; 1 after errors that were printed; 130 after Ctrl+C; 141 after `| head`.
+    """
     options = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # no letter ends a run, whatever the terminal knows
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -256,7 +261,7 @@ def _image_paths(names):
         elif not glob.has_magic(name):
             raise FileNotFoundError(f"No such image file: {name!r}")
         else:
-            found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+            found = sorted(itertools.filterfalse(os.path.isdir, glob.glob(name, recursive=True)))
             if not found:
                 raise FileNotFoundError(f"No file is like {name!r}.")
         paths += found

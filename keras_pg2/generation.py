@@ -192,7 +192,7 @@ def get_sampler(sampler):
         Greedy, Sample, Beam or `keras_hub.samplers.Sampler`.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these, or wants all beams.
     """
     if isinstance(sampler, str) and sampler in SAMPLERS:
         return SAMPLERS[sampler]

@@ -256,6 +256,41 @@ class PaliGemma2(keras.Model):
             if not _is_extra(path)
         }
 
+    def get_weights(self):
+        """NumPy arrays of all variables. Those of "int4" are as in files, on every backend."""
+        files = {id(matrix.codes): matrix.codes_in_file for matrix in self._int4_matrices()}
+        return [files.get(id(v), v.numpy)() for v in self.weights]
+
+    def set_weights(self, weights):
+        """Sets all variables to what `get_weights` gave.
+
+        Args:
+            weights: list of NumPy arrays.
+
+        Raises:
+            ValueError: if numbers or shapes differ, or the kernel of a merged layer.
+        """
+        weights = [*weights]
+        places = {id(variable): place for place, variable in enumerate(self.weights)}
+        if len(weights) != len(places):
+            return super().set_weights(weights)  # which says so
+        for layer in self.lora_layers().values():
+            given = weights[places[id(layer.kernel)]] if layer.is_merged else None
+            if layer.is_merged and not np.array_equal(layer.kernel.numpy(), given):
+                raise ValueError(
+                    f"LoRA of {layer.path!r} is merged, and the weights have another kernel, which "
+                    "`save` and `unmerge_lora` would lose. Call `unmerge_lora()` or `drop_lora()` "
+                    "first."
+                )
+        for matrix in self._int4_matrices():
+            place = places[id(matrix.codes)]
+            weights[place] = matrix.laid_out(np.array(weights[place], order="C"))
+        super().set_weights(weights)
+
+    def _int4_matrices(self):
+        layers = self._flatten_layers()
+        return [x for x in layers if isinstance(x, QuantizedMatrix) and x.mode == "int4"]
+
     def save_to_preset(self, folder, *, overwrite=False):
         """Writes weights, config, tokenizer and preprocessing to a folder for `from_preset`.
 
@@ -1082,36 +1117,6 @@ class PaliGemma2(keras.Model):
                 self._loss = keras.metrics.Mean(name="loss")
                 self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
 
-    def get_weights(self):
-        """NumPy arrays of all variables. Those of "int4" are as in files, on every backend."""
-        files = {id(matrix.codes): matrix.codes_in_file for matrix in self._int4_matrices()}
-        return [files.get(id(v), v.numpy)() for v in self.weights]
-
-    def set_weights(self, weights):
-        """Sets all variables to what `get_weights` gave.
-
-        Raises:
-            ValueError: if numbers or shapes differ, or the kernel of a merged layer.
-        """
-        places = {id(variable): place for place, variable in enumerate(self.weights)}
-        weights = [*weights]
-        for matrix in self._int4_matrices() if len(weights) == len(places) else ():
-            place = places[id(matrix.codes)]
-            weights[place] = matrix.laid_out(np.array(weights[place], order="C"))
-        for layer in self._flatten_layers() if len(weights) == len(places) else ():
-            kernel = layer._kernel if getattr(layer, "is_merged", False) else None
-            if kernel is not None and (kernel.numpy() != weights[places[id(kernel)]]).any():
-                raise ValueError(
-                    f"LoRA of {layer.path!r} is merged, and the weights have another kernel, which "
-                    "`save` and `unmerge_lora` would lose. Call `unmerge_lora()` or `drop_lora()` "
-                    "first."
-                )
-        super().set_weights(weights)
-
-    def _int4_matrices(self):
-        layers = self._flatten_layers()
-        return [x for x in layers if isinstance(x, QuantizedMatrix) and x.mode == "int4"]
-
     def get_compile_config(self):
         _backend.sync_values(self)  # the learning rate is a variable
         config = super().get_compile_config()
@@ -1122,7 +1127,7 @@ class PaliGemma2(keras.Model):
         return {**config, **options}
 
     def compile_from_config(self, config):
-        config = _with_any_optimizers(config)
+        config = _with_portable_optimizers(config)
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
@@ -1263,6 +1268,8 @@ class PaliGemma2(keras.Model):
         if self.optimizer is not None and not self.optimizer.built:
             # Else the first step makes the slots, for which TensorFlow traces all of it twice.
             self.optimizer.build(self.trainable_variables)
+        if self.optimizer is not None:
+            _backend.unshare([*self.trainable_variables, *self.optimizer.variables])
         return super().make_train_function(force)
 
     def _purge_model_variables(self, **kwargs):
@@ -1438,7 +1445,6 @@ class PaliGemma2(keras.Model):
                 "dtype='mixed_bfloat16' (float32 weights), with LoRA, or with SGD."
             )
         if optimizer is not None and optimizer.built:
-            _backend.unshare([*self.trainable_variables, *optimizer.variables])
             known = optimizer._trainable_variables
             if {id(v) for v in known} != {id(v) for v in self.trainable_variables}:
                 raise ValueError(
@@ -1900,11 +1906,11 @@ def _with_watch(callbacks, data):
     return [_Watch(data), *(callbacks or [])]
 
 
-def _with_any_optimizers(config):
+def _with_portable_optimizers(config):
     """A config of `compile` with optimizers of any backend: Keras writes those of torch as such."""
     if not isinstance(config, dict):
         return config
-    config = {name: _with_any_optimizers(value) for name, value in config.items()}
+    config = {name: _with_portable_optimizers(value) for name, value in config.items()}
     if str(config.get("module")).startswith("keras.src.backend.torch.optimizers."):
         config["module"] = "keras.optimizers"
     return config

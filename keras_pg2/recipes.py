@@ -189,7 +189,7 @@ def get(name, image_size=224):
         >>> keras_pg2.recipes.get("refcoco", image_size=448).learning_rate
         1e-05
     """
-    if name not in list(RECIPES):
+    if name not in list(RECIPES):  # which asks for no hash
         raise ValueError(f"`name` must be one of {sorted(RECIPES)}. Received: name={name!r}")
     if not isinstance(image_size, numbers.Real):
         raise ValueError(f"`image_size` must be a number. Received: image_size={image_size!r}")

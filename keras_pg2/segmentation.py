@@ -740,12 +740,7 @@ def _locations(boxes, height, width):
     """list of str, the location tokens of boxes that have an area in them."""
     locations = []
     for box in _checked_boxes(boxes, height, width):
-        if not has_area(box, height, width):
-            raise ValueError(
-                "A box must have a width and a height in location tokens, of which there are "
-                f"{NUM_LOCATIONS} a side. Received: {box.tolist()} in an image of height {height} "
-                f"and width {width}. Leave such objects out."
-            )
+        check_area(box.tolist(), height, width)
         locations.append(location_tokens(box, height, width))
     return locations
 
@@ -766,6 +761,16 @@ def location_tokens(box, height, width):
         '<loc0256><loc0000><loc1023><loc0512>'
     """
     return "".join(f"<loc{place:04d}>" for place in location_numbers(box, height, width))
+
+
+def check_area(box, height, width):
+    """Raises a ValueError if a box, a sequence of 4 numbers, has no area, see `has_area`."""
+    if not has_area(box, height, width):
+        raise ValueError(
+            "A box must have a width and a height in location tokens, of which there are "
+            f"{NUM_LOCATIONS} a side. Received: {box} in an image of height {height} and width "
+            f"{width}. Leave such objects out."
+        )
 
 
 def has_area(box, height, width):

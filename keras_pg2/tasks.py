@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 from keras_pg2.generation import Grammar
-from keras_pg2.segmentation import GRID_SIZE, has_area, location_tokens, mask_from_codes
+from keras_pg2.segmentation import GRID_SIZE, check_area, location_tokens, mask_from_codes
 from keras_pg2.tokenizer import EOS_ID, NUM_LOCATIONS, NUM_SEGMENTS
 
 _LOG = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _SAME_OBJECT = 0.8  # least IoU of two boxes with one label that show one object
 
 def caption_prompt(lang="en", style="coco"):
     """The prefix that asks for a caption; see `PaliGemma2.caption`."""
-    if style not in list(CAPTION_STYLES):
+    if style not in list(CAPTION_STYLES):  # which asks for no hash
         raise ValueError(f"`style` must be one of {list(CAPTION_STYLES)}. Received: {style!r}")
     return f"{CAPTION_STYLES[style]} {_checked_language(lang)}"
 
@@ -63,11 +63,7 @@ def region_prompt(box, width, height):
         raise ValueError(
             f"A box must overlap its picture of {width} × {height} pixels. Received: {box}"
         )
-    if not has_area((x1, y1, x2, y2), height, width):
-        raise ValueError(
-            "A box must have a width and a height in location tokens, of which there are "
-            f"{NUM_LOCATIONS} a side. Received: {box} in a picture of {width} × {height} pixels"
-        )
+    check_area((x1, y1, x2, y2), height, width)
     return f"caption {location_tokens((x1, y1, x2, y2), height, width)}"
 
 
