@@ -42,6 +42,7 @@ _MAX_LOGITS = 2**20  # of a head and example, in memory at a time
 # to the system when it is freed, and is cleared page by page when it is taken again.
 _MAX_CPU_LOGITS = 2**22
 _MAX_NORMALIZED = 2**20  # elements of an RMS norm there, so that they stay in a cache
+_GRAPHS_SHARE = 16  # of a GPU's memory is the most that the ends of CUDA graphs may take
 _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined`
 
 if BACKEND == "jax":
@@ -101,18 +102,18 @@ class Programs:
     Attributes:
         compilations: list of str, the name of a program for each time it was traced.
         functions: dict, Keras' own functions by their shapes, see `PaliGemma2._use_function_for`.
-        makes_graphs: bool, whether torch may record the steps of loops as CUDA graphs.
-        graphs: dict of a stream to the last CUDA graph on it, whose memory the next takes over.
+        makes_graphs: bool, whether torch may record CUDA graphs of this model.
+        graphs: `_Graphs`, those that were recorded.
     """
 
     def __init__(self, compile_steps=False):
-        self.compile_steps, self.makes_graphs, self.graphs = compile_steps, True, {}
+        self.compile_steps, self.makes_graphs, self.graphs = compile_steps, True, _Graphs()
         self.compilations, self.functions = [], {}
         self._programs, self._sampler_programs, self._parts = {}, {}, {}
-        self._content, self._sampler = [], None
+        self._content, self._places, self._sampler = [], [], None
         self._lock = threading.Lock()
 
-    def get(self, model, name, function, sampler=None, donate=False, in_parts=False):
+    def get(self, model, name, function, sampler=None, donate=False, in_parts=False, record=False):
         """The compiled form of `function`.
 
         Args:
@@ -123,6 +124,7 @@ class Programs:
             donate: bool, whether the memory of the first argument may be reused, a dict of the
                 structure and shapes of the output. It must not be used again.
             in_parts: bool, whether tensorflow on a CPU compiles `part`s alone, to save memory.
+            record: bool, whether torch on a GPU records it, which must not wait for the GPU.
 
         Returns:
             callable with the signature of `function`.
@@ -132,19 +134,21 @@ class Programs:
             programs = self._programs if sampler is None else self._sampler_programs
             if name not in programs:
                 in_parts = in_parts and BACKEND == "tensorflow" and _is_tf_on_cpu()
+                record = record and has_cuda()
 
                 def traced(*args):
                     if IS_COMPILED:
                         self.compilations.append(name)
-                    _state.in_program, _state.programs = True, self
+                    _state.in_program, _state.programs, _state.name = True, self, name
                     _state.parts = self._parts if in_parts or BACKEND == "jax" else None
                     try:
                         return function(*args)
                     finally:
                         _state.in_program, _state.programs, _state.parts = False, None, None
 
+                called = functools.partial(_by_graph, self, name, traced) if record else traced
                 updated = [] if sampler is None else sampler.variables
-                programs[name] = _compile(model, traced, updated, donate, in_parts)
+                programs[name] = _compile(model, called, updated, donate, in_parts)
             return programs[name]
 
     def _forget_outdated(self, model, sampler):
@@ -155,9 +159,13 @@ class Programs:
         content = [layer for layer in layers if getattr(layer, "is_merged", False)]
         for kind in ("_trainable_variables", "_non_trainable_variables", "_seed_generators"):
             content += [x for layer in layers for x in getattr(layer, kind)]
-        if list(map(id, content)) != list(map(id, self._content)):
+        places = list(map(id, content))
+        if has_cuda():  # a graph reads the memory that the values had
+            places += [x._value.data_ptr() for x in content if isinstance(x, keras.Variable)]
+        if places != self._places:
             self._programs, self._sampler_programs, self._parts = {}, {}, {}
-            self._content = content
+            self._content, self._places = content, places
+            self.graphs.clear()
             # Other layers may wait for the GPU, which a CUDA graph cannot hold.
             self.makes_graphs = all(map(_is_known, layers))
             if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
@@ -412,72 +420,167 @@ def loop(step, state, max_steps, is_done, num_rows):
 
 
 def _torch_loop(step, state, max_steps, is_done, num_rows):
-    programs, on_cuda = _state.programs, _is_on_cuda(state)
-    if programs.compile_steps:
+    programs, on_cuda, max_steps = _state.programs, _is_on_cuda(state), int(max_steps)
+    may_record, recording = on_cuda and programs.makes_graphs, None
+    if may_record:
+        key = programs.graphs.key(_state.name, state)
+        recording = programs.graphs.take(key)
+    if recording is not None:
+        _write(recording.outputs, state)
+        state = recording.outputs
+    elif programs.compile_steps:
         step = _torch_compile(step)
         # A tensor made outside of this mode would be another kind of input, compiled anew.
         state = keras.tree.map_structure(lambda x: x if x.is_inference() else x.clone(), state)
     # `matmul` cannot do this inside compiled code.
     without_onednn = _without_onednn_for_one_row(num_rows)
     with without_onednn if programs.compile_steps and not _HAS_AMX else contextlib.nullcontext():
-        max_steps = int(max_steps)
         for count in range(max_steps):
             # Each look at a GPU costs a wait.
             if (count % 8 == 0 or not on_cuda) and bool(is_done(state)):
                 break
-            if on_cuda and count == 1 and max_steps > 2 and programs.makes_graphs:
-                step = _recorded(step, state)
-            state = step(state)
+            if may_record and recording is None and count == 1 and max_steps > 2:
+                recording = programs.graphs.record(key, step, [state], state)
+                may_record = recording is not None
+            if recording is None:
+                state = step(state)
+            else:
+                recording.graph.replay()
+    if recording is not None and programs.graphs.keep(key, recording):
+        return _copies(state)  # the next call writes over it
     return state
+
+
+def _by_graph(programs, name, function, *args):
+    """Calls a function of tensors by a CUDA graph, from the second time with their shapes on."""
+    if not (programs.makes_graphs and _is_on_cuda(args)):
+        return function(*args)
+    key = programs.graphs.key(name, args)
+    recording = programs.graphs.take(key)
+    if recording is None:
+        outputs = function(*args)
+        if programs.graphs.is_first(key):  # most shapes never come again
+            return outputs
+        recording = programs.graphs.record(key, function, _copies(args), _copies(outputs))
+        if recording is None:
+            return outputs
+    _write(recording.inputs, args)
+    recording.graph.replay()
+    outputs = recording.outputs
+    return _copies(outputs) if programs.graphs.keep(key, recording) else outputs
 
 
 def _is_on_cuda(state):
     return any(x.is_cuda for x in keras.tree.flatten(state))
 
 
-def _recorded(step, state):
-    """A step as a CUDA graph: launching its thousand operations one by one takes the host longer.
+class _Recording:
+    """A call as a CUDA graph, since it takes a host long to launch thousands of operations.
 
     Args:
-        step: callable, from state to state, that ran before. It must not wait for the GPU.
-        state: nested structure of tensors, which the graph reads and overwrites.
-
-    Returns:
-        callable, from that state to itself; or `step`, if it cannot be recorded.
+        graph: torch.cuda.CUDAGraph.
+        inputs: nested structure of tensors, whose memory the graph reads.
+        outputs: nested structure of tensors, whose memory it writes.
     """
-    graph, device = torch.cuda.CUDAGraph(), keras.tree.flatten(state)[0].device
-    stream, programs = torch.cuda.current_stream(device), _state.programs
-    last = programs.graphs.pop(stream, None)
-    # Not `torch.cuda.graph`, which first waits for all threads and empties the cache of memory.
-    # Instead a graph takes over the memory of the last one. Both run on one stream, never at once.
-    try:
-        with _graph_lock, torch.cuda.stream(_graph_stream(device)):
-            # Allocates what products of this thread need; a graph would never free it.
-            torch.mm(*torch.ones(2, 1, 1, device=device))
-            graph.capture_begin(last and last.pool(), capture_error_mode="thread_local")
-            try:
-                _update_in_place(state, step(state))
-            finally:
-                graph.capture_end()
-    except Exception as error:
-        _LOG.warning("Decoding is slow, since no CUDA graph could be made: %s", error)
-        _broken_graphs.extend((graph, last))  # torch's allocator still refers to them
-        programs.makes_graphs = False
-        return step
-    programs.graphs[stream] = graph
 
-    def replay(state):
-        graph.replay()
-        return state
+    def __init__(self, graph, inputs, outputs):
+        self.graph, self.inputs, self.outputs = graph, inputs, outputs
 
-    return replay
+    def num_bytes(self):
+        tensors = keras.tree.flatten([self.inputs, self.outputs])
+        return sum(x.nbytes for x in {x.data_ptr(): x for x in tensors}.values())
 
 
-def _update_in_place(state, new_state):
-    """Writes a state into the memory of an earlier one."""
-    for old, new in zip(keras.tree.flatten(state), keras.tree.flatten(new_state)):
+class _Graphs:
+    """The CUDA graphs of a model. A graph belongs to one caller from `take` to `keep`."""
+
+    def __init__(self):
+        self._lock, self._known, self._failed = threading.Lock(), set(), set()
+        self.clear()
+
+    def clear(self):
+        """Frees the memory of all that nobody has taken."""
+        with self._lock:
+            self._recordings, self._last = {}, {}
+
+    def key(self, name, tensors):
+        """What tells apart the calls that need graphs of their own."""
+        tensors = keras.tree.flatten(tensors)
+        shapes = tuple((x.shape, x.dtype) for x in tensors)
+        return name, torch.cuda.current_stream(tensors[0].device), shapes
+
+    def is_first(self, key):
+        """Whether it is asked this for the first time."""
+        with self._lock:
+            is_first = key not in self._known
+            self._known.add(key)
+            return is_first
+
+    def take(self, key):
+        with self._lock:
+            return self._recordings.pop(key, None)
+
+    def keep(self, key, recording):
+        """Keeps what was taken or recorded, if the memory for it is little. Returns whether."""
+        device = keras.tree.flatten(recording.outputs)[0].device
+        limit = torch.cuda.get_device_properties(device).total_memory // _GRAPHS_SHARE
+        if recording.num_bytes() > limit // 2:
+            return False
+        with self._lock:
+            self._recordings[key] = recording
+            while sum(kept.num_bytes() for kept in self._recordings.values()) > limit:
+                del self._recordings[next(iter(self._recordings))]
+        return True
+
+    def record(self, key, function, args, outputs):
+        """Records a call of a function.
+
+        Args:
+            key: see `key`.
+            function: callable, from tensors to tensors, that ran before. It must not wait for the
+                GPU.
+            args: list of its arguments, nested structures of tensors.
+            outputs: nested structure of tensors of the shapes that it returns.
+
+        Returns:
+            _Recording, or None if it cannot be recorded.
+        """
+        name, stream, _ = key
+        if name in self._failed:
+            return None
+        device, graph = stream.device, torch.cuda.CUDAGraph()
+        last = self._last.pop(stream, None)
+        # Not `torch.cuda.graph`, which first waits for all threads and empties the cache of memory.
+        # Instead a graph takes over the memory of the last one: of what both make on the way, since
+        # they run on one stream, never at once. What they read and write is not in it.
+        try:
+            with _graph_lock, torch.cuda.stream(_graph_stream(device)):
+                # Allocates what products of this thread need; a graph would never free it.
+                torch.mm(*torch.ones(2, 1, 1, device=device))
+                graph.capture_begin(last and last.pool(), capture_error_mode="thread_local")
+                try:
+                    _write(outputs, function(*args))
+                finally:
+                    graph.capture_end()
+        except Exception as error:
+            _LOG.warning("%s is slow, since no CUDA graph could be made: %s", name[0], error)
+            _broken_graphs.extend((graph, last, self._recordings))  # torch still refers to them
+            self.clear()
+            self._failed.add(name)
+            return None
+        self._last[stream] = graph
+        return _Recording(graph, args, outputs)
+
+
+def _write(tensors, new_tensors):
+    """Writes a structure of tensors into the memory of another one."""
+    for old, new in zip(keras.tree.flatten(tensors), keras.tree.flatten(new_tensors)):
         if old.data_ptr() != new.data_ptr():
             old.copy_(new)
+
+
+def _copies(tensors):
+    return keras.tree.map_structure(torch.clone, tensors)
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def token_positions(padding_mask):
     Source: big_vision `models/proj/paligemma/gemma_bv.py`, `prefill_cache`.
     """
     counts = ops.cumsum(ops.cast(padding_mask, "int32"), axis=-1)
-    return ops.maximum(counts - 1, 0)
+    return counts - ops.cast(counts > 0, "int32")
 
 
 def attention_mask(query_block, key_block, key_valid):

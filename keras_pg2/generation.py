@@ -273,6 +273,7 @@ def token_steps(
         ("prefill", method, cache_length, buffer_length, grammar is not None),
         lambda inputs, choice: _prefill(model, method, inputs, choice, cache_length, buffer_length),
         in_parts=True,
+        record=True,
     )
     advance = model.programs.get(
         model,
@@ -320,7 +321,7 @@ def _pad_to_buckets(model, inputs, num_added, added_by="`max_new_tokens`"):
             f"`prompts` + {num_added} of {added_by}. Shorten the prompt, or lower that number."
         )
     total = length + num_added
-    is_compiled = _backend.IS_COMPILED or model.programs.compile_steps
+    is_compiled = _backend.IS_COMPILED or model.programs.compile_steps or _backend.has_cuda()
     if is_compiled:
         length = next(bucket for bucket in _BUCKETS if length <= bucket)
         total = math.ceil((length + num_added) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
@@ -339,12 +340,13 @@ def _prefill(model, method, inputs, choice, cache_length, buffer_length):
     """Runs the prefix and chooses the first token; `choice` is what `method` needs to choose."""
     logits, _, cache = model.prefill(inputs, cache_length)
     batch_size, length = logits.shape[0], inputs["token_ids"].shape[1]
+    zero = ops.zeros((), "int32")  # `ops.full` and its like would wait for a GPU
     state = {
         "cache": cache,
-        "index": ops.convert_to_tensor(model.num_image_tokens(inputs) + length, "int32"),
-        "count": ops.zeros((), "int32"),
+        "index": zero + (model.num_image_tokens(inputs) + length),
+        "count": zero,
         "done": ops.zeros((batch_size,), "bool"),
-        "tokens": ops.full((batch_size, buffer_length), PAD_ID, "int32"),
+        "tokens": ops.zeros((batch_size, buffer_length), "int32") + PAD_ID,
         "log_probs": ops.zeros((batch_size, buffer_length), "float32"),
         **choice,
     }
@@ -358,19 +360,19 @@ def _prefill(model, method, inputs, choice, cache_length, buffer_length):
 def _as_beams(state, logits, beams):
     """The state and logits of single rows, of which beam search makes many."""
     batch_size, length = state["tokens"].shape
-    scores = [[0.0] + [_NEVER] * (beams - 1)] * batch_size
+    is_later = ops.zeros((batch_size, beams), "int32") + ops.arange(beams, dtype="int32") > 0
     names = {"place", "recent"} & set(state)
     rows = {name: ops.repeat(state[name], beams, axis=0) for name in names}
     return {
         **state,
         **rows,
         "cache": _repeat_cache(state["cache"], beams),
-        "tokens": ops.full((batch_size, beams, length), PAD_ID, "int32"),
+        "tokens": ops.zeros((batch_size, beams, length), "int32") + PAD_ID,
         "log_probs": ops.zeros((batch_size, beams, length), "float32"),
-        "scores": ops.convert_to_tensor(scores, "float32"),
+        "scores": _backend.masked_fill(ops.zeros((batch_size, beams)), is_later, _NEVER),
         "best_tokens": state["tokens"],
         "best_log_probs": state["log_probs"],
-        "best_score": ops.full((batch_size,), 2 * _NEVER, "float32"),
+        "best_score": ops.zeros((batch_size,), "float32") + 2 * _NEVER,
     }, ops.repeat(logits, beams, axis=0)
 
 
@@ -623,7 +625,8 @@ def score_suffixes(model, inputs, suffixes, batch_size):
         return model.suffix_log_likelihoods(hidden, token_ids, weights)
 
     programs = model.programs
-    read_prefix = programs.get(model, ("read_prefix", cache_length), read_prefix, in_parts=True)
+    name = ("read_prefix", cache_length)
+    read_prefix = programs.get(model, name, read_prefix, in_parts=True, record=True)
     score = programs.get(model, ("score", start), score)
     state = read_prefix(_backend.to_tensors(inputs))
     scores = []

@@ -752,7 +752,9 @@ class PaliGemma2(keras.Model):
             raise ValueError("`images` must be an image or a list of images, not a list of lists.")
         _check_positive(batch_size=batch_size)
         images = [image for (image,) in images]
-        program = self.programs.get(self, ("encode",), self.encode_images, in_parts=True)
+        program = self.programs.get(
+            self, ("encode",), self.encode_images, in_parts=True, record=True
+        )
         load = self._require_preprocessor().load_images
         starts = range(0, len(images), batch_size)
         parts = [([[image] for image in images[i : i + batch_size]],) for i in starts]
@@ -1270,6 +1272,7 @@ class PaliGemma2(keras.Model):
             self.optimizer.build(self.trainable_variables)
         if self.optimizer is not None:
             _backend.unshare([*self.trainable_variables, *self.optimizer.variables])
+        self.programs.graphs.clear()  # training needs their memory
         return super().make_train_function(force)
 
     def _purge_model_variables(self, **kwargs):
