@@ -36,7 +36,6 @@ MASKED_LOGIT = -2.3819763e38
 _INNER_TILES = 8  # of torch's product of int4 on a GPU
 _INT4_COLUMNS = 16 * _INNER_TILES  # that lie beside each other there
 _KEYS_CAST = 512  # keys, and values, that are cast to float32 at a time where that is faster
-_MIN_GPU_PRODUCT = 10_000_000  # of smaller matrices, times a vector, XLA writes the products
 _MAX_LOGITS = 2**20  # of a head and example, in memory at a time
 # The same of all heads and examples with torch on a CPU, where larger memory than 32 MiB goes back
 # to the system when it is freed, and is cleared page by page when it is taken again.
@@ -669,8 +668,7 @@ def rotate(x, cos, sin):
     """
     half = x.shape[-1] // 2
     if BACKEND == "torch":
-        x = ops.convert_to_tensor(x, dtype="float32")
-        return x * cos + torch.roll(x, half, -1) * sin
+        return torch.addcmul(x * cos, torch.roll(x, half, -1), sin)
     x = ops.cast(x, "float32")
     first, second, cos, sin = x[..., :half], x[..., half:], cos[..., half:], sin[..., half:]
     return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -691,7 +689,9 @@ def rms_normalize(x, scale, eps):
 
 def _torch_rms_normalize(scale, eps, x):
     normalized = torch.nn.functional.rms_norm(x.float(), scale.shape, eps=eps)
-    return torch.addcmul(normalized, normalized, scale).to(x.dtype)
+    if torch.is_grad_enabled():
+        return torch.addcmul(normalized, normalized, scale).to(x.dtype)
+    return torch.addcmul(normalized, normalized, scale, out=torch.empty_like(x))
 
 
 def torch_layer_norm(x, layer):
@@ -961,7 +961,9 @@ def _torch_write(buffer, values, index, axis):
         buffer.narrow(axis, index, length).copy_(values)
         return buffer
     # Without a look at the index, which would wait for the device.
-    places = index + torch.arange(length, device=buffer.device)
+    places = index.long().view(1)
+    if length > 1:
+        places = places + torch.arange(length, device=buffer.device)
     return buffer.index_copy_(axis, places, values)
 
 
@@ -1070,22 +1072,9 @@ def matmul(x, kernel):
 
     On torch and a CPU it is faster for few rows, and in a slow dtype.
     """
-    return _torch_matmul(x, kernel) if BACKEND == "torch" else _xla_matmul(x, kernel)
-
-
-def _xla_matmul(x, kernel):
-    x, kernel = ops.cast(x, kernel.dtype), ops.convert_to_tensor(kernel)
-    is_small = math.prod(kernel.shape) < _MIN_GPU_PRODUCT
-    if BACKEND == "jax" and in_program() and is_small and has_few_rows(x, 1):
-        return by_platform({"cuda": _times_two_rows}, ops.matmul, x, kernel)
-    return ops.matmul(x, kernel)
-
-
-def _times_two_rows(x, kernel):
-    """`x @ kernel` of one row. With two, XLA for GPUs writes no products into memory."""
-    row = ops.reshape(x, (-1, x.shape[-1]))
-    products = ops.matmul(ops.concatenate([row, ops.zeros_like(row)]), kernel)
-    return ops.reshape(products[:1], (*x.shape[:-1], kernel.shape[1]))
+    if BACKEND == "torch":
+        return _torch_matmul(x, kernel)
+    return ops.matmul(ops.cast(x, kernel.dtype), kernel)
 
 
 def _torch_matmul(x, kernel):
@@ -1366,7 +1355,8 @@ def by_platform(functions, default, *args):
     Args:
         functions: dict of "cpu" or, for jax alone, "cuda" and "tpu" to callables.
         default: callable, for all other platforms, and with torch.
-        *args: tensors, what it is called with; the last is a weight.
+        *args: nested structures of tensors, what it is called with. Outside of programs they are
+            tensors, the last of them a weight.
     """
     if BACKEND == "jax":
         if _is_eager(args) and all(x.platform == "cpu" for x in args[-1].devices()):

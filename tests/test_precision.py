@@ -280,27 +280,6 @@ def test_logits_of_a_few_rows(run_in_program, num_rows):
     np.testing.assert_allclose(logits, x @ matrix.T, atol=1e-4)
 
 
-@pytest.mark.skipif(_backend.BACKEND != "jax", reason="of jax")
-def test_a_product_of_one_row_on_a_gpu(run_in_program, monkeypatch):
-    """By another way, where it is small, than on a CPU."""
-    chosen = []
-
-    def by_platform(functions, default, *args):
-        chosen.append(functions["cuda"].__name__)
-        return functions["cuda"](*args)
-
-    monkeypatch.setattr(_backend, "by_platform", by_platform)
-    monkeypatch.setattr(_backend, "_MIN_GPU_PRODUCT", 24 * 40)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(1, 1, 24)).astype("float32")
-    for width, count in ((39, 1), (40, 0)):
-        kernel = rng.normal(size=(24, width)).astype("float32")
-        program = run_in_program(lambda x, kernel=kernel: _backend.matmul(x, kernel))
-        chosen.clear()
-        np.testing.assert_allclose(program(x), x @ kernel, rtol=1e-5, atol=1e-5)
-        assert len(chosen) == count
-
-
 @pytest.fixture(params=["avx2", "avx512_bf16", "amx"])
 def cpu(request, monkeypatch):
     """The ways of torch to multiply in bfloat16 on each kind of CPU; all of them run on any."""
