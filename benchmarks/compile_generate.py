@@ -187,7 +187,7 @@ def compile_programs(device, batch_size, image_size, dtype, mode):
 
     def prefill(inputs):
         sampler = generation.Greedy()
-        return generation._prefill(model, sampler, inputs, {}, cache_length, MAX_TEXT_LENGTH)
+        return generation._prefill(model, sampler, cache_length, MAX_TEXT_LENGTH, inputs, {})
 
     def advance(state, limit):
         return generation._advance(model, generation.Greedy(), state, limit)

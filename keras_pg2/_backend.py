@@ -101,12 +101,11 @@ class Programs:
     Attributes:
         compilations: list of str, the name of a program for each time it was traced.
         functions: dict, Keras' own functions by their shapes, see `PaliGemma2._use_function_for`.
-        makes_graphs: bool, whether torch may record CUDA graphs of this model.
-        graphs: `_Graphs`, those that were recorded.
+        graphs: `_Graphs`, CUDA graphs that were recorded; None if torch has no GPU.
     """
 
     def __init__(self, compile_steps=False):
-        self.compile_steps, self.makes_graphs, self.graphs = compile_steps, True, _Graphs()
+        self.compile_steps, self.graphs = compile_steps, _Graphs() if has_cuda() else None
         self.compilations, self.functions = [], {}
         self._programs, self._sampler_programs, self._parts = {}, {}, {}
         self._content, self._places, self._sampler = [], [], None
@@ -133,7 +132,6 @@ class Programs:
             programs = self._programs if sampler is None else self._sampler_programs
             if name not in programs:
                 in_parts = in_parts and BACKEND == "tensorflow" and _is_tf_on_cpu()
-                record = record and has_cuda()
 
                 def traced(*args):
                     if IS_COMPILED:
@@ -145,9 +143,10 @@ class Programs:
                     finally:
                         _state.in_program, _state.programs, _state.parts = False, None, None
 
-                called = functools.partial(_by_graph, self, name, traced) if record else traced
+                if record and self.graphs:
+                    traced = functools.partial(_by_graph, self.graphs, name, traced)
                 updated = [] if sampler is None else sampler.variables
-                programs[name] = _compile(model, called, updated, donate, in_parts)
+                programs[name] = _compile(model, traced, updated, donate, in_parts)
             return programs[name]
 
     def _forget_outdated(self, model, sampler):
@@ -158,15 +157,12 @@ class Programs:
         content = [layer for layer in layers if getattr(layer, "is_merged", False)]
         for kind in ("_trainable_variables", "_non_trainable_variables", "_seed_generators"):
             content += [x for layer in layers for x in getattr(layer, kind)]
-        places = list(map(id, content))
-        if has_cuda():  # a graph reads the memory that the values had
-            places += [x._value.data_ptr() for x in content if isinstance(x, keras.Variable)]
+        places = [*map(id, content), *(self.graphs.addresses(content) if self.graphs else ())]
         if places != self._places:
             self._programs, self._sampler_programs, self._parts = {}, {}, {}
             self._content, self._places = content, places
-            self.graphs.clear()
-            # Other layers may wait for the GPU, which a CUDA graph cannot hold.
-            self.makes_graphs = all(map(_is_known, layers))
+            if self.graphs:
+                self.graphs.renew(layers)
             if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
                 for variable in model.variables:
                     if variable.name == "kernel":
@@ -419,12 +415,12 @@ def loop(step, state, max_steps, is_done, num_rows):
 
 
 def _torch_loop(step, state, max_steps, is_done, num_rows):
-    programs, on_cuda, max_steps = _state.programs, _is_on_cuda(state), int(max_steps)
-    may_record, recording = on_cuda and programs.makes_graphs, None
-    if may_record:
-        key = programs.graphs.key(_state.name, state)
-        recording = programs.graphs.take(key)
-    if recording is not None:
+    programs, max_steps, recording = _state.programs, int(max_steps), None
+    graphs = programs.graphs if _is_on_cuda(state) else None
+    if may_record := graphs and graphs.is_active:
+        key = graphs.key(_state.name, [state])
+        recording = graphs.take(key)
+    if recording:
         _write(recording.outputs, state)
         state = recording.outputs
     elif programs.compile_steps:
@@ -436,41 +432,43 @@ def _torch_loop(step, state, max_steps, is_done, num_rows):
     with without_onednn if programs.compile_steps and not _HAS_AMX else contextlib.nullcontext():
         for count in range(max_steps):
             # Each look at a GPU costs a wait.
-            if (count % 8 == 0 or not on_cuda) and bool(is_done(state)):
+            if (count % 8 == 0 or not graphs) and bool(is_done(state)):
                 break
-            if may_record and recording is None and count == 1 and max_steps > 2:
-                recording = programs.graphs.record(key, step, [state], state)
+            if may_record and not recording and count == 1 and max_steps > 2:
+                recording = graphs.record(key, step, [state], state)
                 may_record = recording is not None
-            if recording is None:
-                state = step(state)
-            else:
+            if recording:
                 recording.graph.replay()
-    if recording is not None and programs.graphs.keep(key, recording):
+            else:
+                state = step(state)
+    if recording and graphs.keep(key, recording):
         return _copies(state)  # the next call writes over it
     return state
 
 
-def _by_graph(programs, name, function, *args):
+def _by_graph(graphs, name, function, *args):
     """Calls a function of tensors by a CUDA graph, from the second time with their shapes on."""
-    if not (programs.makes_graphs and _is_on_cuda(args)):
+    if not (graphs.is_active and _is_on_cuda(args)):
         return function(*args)
-    key = programs.graphs.key(name, args)
-    recording = programs.graphs.take(key)
-    if recording is None:
+    key = graphs.key(name, args)
+    recording = graphs.take(key)
+    if not recording:
         outputs = function(*args)
-        if programs.graphs.is_first(key):  # most shapes never come again
+        # Most shapes never come again.
+        if graphs.is_first(key) or not graphs.has_room(key, [args, outputs]):
             return outputs
-        recording = programs.graphs.record(key, function, _copies(args), _copies(outputs))
-        if recording is None:
+        recording = graphs.record(key, function, _copies(args), _copies(outputs))
+        if not recording:
             return outputs
     _write(recording.inputs, args)
     recording.graph.replay()
-    outputs = recording.outputs
-    return _copies(outputs) if programs.graphs.keep(key, recording) else outputs
+    outputs = _copies(recording.outputs)  # the next call writes over them
+    graphs.keep(key, recording)
+    return outputs
 
 
-def _is_on_cuda(state):
-    return any(x.is_cuda for x in keras.tree.flatten(state))
+def _is_on_cuda(tensors):
+    return any(x.is_cuda for x in keras.tree.flatten(tensors))
 
 
 class _Recording:
@@ -484,27 +482,39 @@ class _Recording:
 
     def __init__(self, graph, inputs, outputs):
         self.graph, self.inputs, self.outputs = graph, inputs, outputs
-
-    def num_bytes(self):
-        tensors = keras.tree.flatten([self.inputs, self.outputs])
-        return sum(x.nbytes for x in {x.data_ptr(): x for x in tensors}.values())
+        self.num_bytes = _num_bytes([inputs, outputs])
 
 
 class _Graphs:
-    """The CUDA graphs of a model. A graph belongs to one caller from `take` to `keep`."""
+    """The CUDA graphs of a model. Each belongs to one caller from `take` or `record` to `keep`.
+
+    Attributes:
+        is_active: bool, whether calls may be recorded.
+    """
 
     def __init__(self):
-        self._lock, self._known, self._failed = threading.Lock(), set(), set()
+        self.is_active, self._lock = True, threading.Lock()
+        self._known, self._failed = set(), set()
         self.clear()
 
     def clear(self):
-        """Frees the memory of all that nobody has taken."""
+        """Frees the memory of those that nobody has taken."""
         with self._lock:
             self._recordings, self._last = {}, {}
 
-    def key(self, name, tensors):
+    def addresses(self, content):
+        """Where the values of the variables are: graphs read them there."""
+        return [x._value.data_ptr() for x in content if isinstance(x, keras.Variable)]
+
+    def renew(self, layers):
+        """Clears them for a model of these layers."""
+        self.clear()
+        # Other layers may wait for the GPU, which a graph cannot hold.
+        self.is_active = all(map(_is_known, layers))
+
+    def key(self, name, args):
         """What tells apart the calls that need graphs of their own."""
-        tensors = keras.tree.flatten(tensors)
+        tensors = keras.tree.flatten(args)
         shapes = tuple((x.shape, x.dtype) for x in tensors)
         return name, torch.cuda.current_stream(tensors[0].device), shapes
 
@@ -515,47 +525,53 @@ class _Graphs:
             self._known.add(key)
             return is_first
 
+    def has_room(self, key, tensors):
+        """Whether a recording that reads and writes these tensors would be kept."""
+        return _num_bytes(tensors) <= self._room(key) // 2
+
+    def _room(self, key):
+        return torch.cuda.get_device_properties(key[1].device).total_memory // _GRAPHS_SHARE
+
     def take(self, key):
+        """The _Recording of such a call, or None."""
         with self._lock:
             return self._recordings.pop(key, None)
 
     def keep(self, key, recording):
-        """Keeps what was taken or recorded, if the memory for it is little. Returns whether."""
-        device = keras.tree.flatten(recording.outputs)[0].device
-        limit = torch.cuda.get_device_properties(device).total_memory // _GRAPHS_SHARE
-        if recording.num_bytes() > limit // 2:
+        """Keeps a recording, if there is room, in place of older ones. Returns whether it does."""
+        room = self._room(key)
+        if recording.num_bytes > room // 2:
             return False
         with self._lock:
             self._recordings[key] = recording
-            while sum(kept.num_bytes() for kept in self._recordings.values()) > limit:
+            while sum(kept.num_bytes for kept in self._recordings.values()) > room:
                 del self._recordings[next(iter(self._recordings))]
         return True
 
     def record(self, key, function, args, outputs):
-        """Records a call of a function.
+        """Records a call.
 
         Args:
             key: see `key`.
             function: callable, from tensors to tensors, that ran before. It must not wait for the
                 GPU.
             args: list of its arguments, nested structures of tensors.
-            outputs: nested structure of tensors of the shapes that it returns.
+            outputs: nested structure of tensors, such as the function returns.
 
         Returns:
-            _Recording, or None if it cannot be recorded.
+            _Recording, or None if the call cannot be recorded.
         """
         name, stream, _ = key
         if name in self._failed:
             return None
-        device, graph = stream.device, torch.cuda.CUDAGraph()
-        last = self._last.pop(stream, None)
+        graph, last = torch.cuda.CUDAGraph(), self._last.pop(stream, None)
         # Not `torch.cuda.graph`, which first waits for all threads and empties the cache of memory.
         # Instead a graph takes over the memory of the last one: of what both make on the way, since
         # they run on one stream, never at once. What they read and write is not in it.
         try:
-            with _graph_lock, torch.cuda.stream(_graph_stream(device)):
+            with _graph_lock, torch.cuda.stream(_graph_stream(stream.device)):
                 # Allocates what products of this thread need; a graph would never free it.
-                torch.mm(*torch.ones(2, 1, 1, device=device))
+                torch.mm(*torch.ones(2, 1, 1, device=stream.device))
                 graph.capture_begin(last and last.pool(), capture_error_mode="thread_local")
                 try:
                     _write(outputs, function(*args))
@@ -580,6 +596,10 @@ def _write(tensors, new_tensors):
 
 def _copies(tensors):
     return keras.tree.map_structure(torch.clone, tensors)
+
+
+def _num_bytes(tensors):
+    return sum(x.nbytes for x in {x.data_ptr(): x for x in keras.tree.flatten(tensors)}.values())
 
 
 @functools.cache
@@ -689,9 +709,8 @@ def rms_normalize(x, scale, eps):
 
 def _torch_rms_normalize(scale, eps, x):
     normalized = torch.nn.functional.rms_norm(x.float(), scale.shape, eps=eps)
-    if torch.is_grad_enabled():
-        return torch.addcmul(normalized, normalized, scale).to(x.dtype)
-    return torch.addcmul(normalized, normalized, scale, out=torch.empty_like(x))
+    rounded = None if torch.is_grad_enabled() else torch.empty_like(x)  # an operation less
+    return torch.addcmul(normalized, normalized, scale, out=rounded).to(x.dtype)
 
 
 def torch_layer_norm(x, layer):
@@ -961,9 +980,9 @@ def _torch_write(buffer, values, index, axis):
         buffer.narrow(axis, index, length).copy_(values)
         return buffer
     # Without a look at the index, which would wait for the device.
-    places = index.long().view(1)
-    if length > 1:
-        places = places + torch.arange(length, device=buffer.device)
+    places = (
+        index + torch.arange(length, device=buffer.device) if length > 1 else index.long()[None]
+    )
     return buffer.index_copy_(axis, places, values)
 
 

@@ -6,6 +6,7 @@ few, so both run the same compiled program.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 import time
@@ -268,13 +269,9 @@ def token_steps(
     if grammar is not None:
         choice["grammar"] = grammar.tables(model.config.text.vocab_size)
         choice["place"] = np.array(starts, "int32")
-    prefill = model.programs.get(
-        model,
-        ("prefill", method, cache_length, buffer_length, grammar is not None),
-        lambda inputs, choice: _prefill(model, method, inputs, choice, cache_length, buffer_length),
-        in_parts=True,
-        record=True,
-    )
+    name = ("prefill", method, cache_length, buffer_length, grammar is not None)
+    start = functools.partial(_prefill, model, method, cache_length, buffer_length)
+    prefill = model.programs.get(model, name, start, in_parts=True, record=True)
     advance = model.programs.get(
         model,
         ("decode", method, grammar is not None),
@@ -336,17 +333,16 @@ def _pad_to_buckets(model, inputs, num_added, added_by="`max_new_tokens`"):
 # The loop -----------------------------------------------------------------------------------
 
 
-def _prefill(model, method, inputs, choice, cache_length, buffer_length):
+def _prefill(model, method, cache_length, buffer_length, inputs, choice):
     """Runs the prefix and chooses the first token; `choice` is what `method` needs to choose."""
     logits, _, cache = model.prefill(inputs, cache_length)
     batch_size, length = logits.shape[0], inputs["token_ids"].shape[1]
-    zero = ops.zeros((), "int32")  # `ops.full` and its like would wait for a GPU
     state = {
         "cache": cache,
-        "index": zero + (model.num_image_tokens(inputs) + length),
-        "count": zero,
+        "index": ops.zeros((), "int32") + (model.num_image_tokens(inputs) + length),
+        "count": ops.zeros((), "int32"),
         "done": ops.zeros((batch_size,), "bool"),
-        "tokens": ops.zeros((batch_size, buffer_length), "int32") + PAD_ID,
+        "tokens": ops.zeros((batch_size, buffer_length), "int32") + PAD_ID,  # `ops.full` waits
         "log_probs": ops.zeros((batch_size, buffer_length), "float32"),
         **choice,
     }

@@ -1272,7 +1272,8 @@ class PaliGemma2(keras.Model):
             self.optimizer.build(self.trainable_variables)
         if self.optimizer is not None:
             _backend.unshare([*self.trainable_variables, *self.optimizer.variables])
-        self.programs.graphs.clear()  # training needs their memory
+        if self.programs.graphs:
+            self.programs.graphs.clear()  # training needs the memory
         return super().make_train_function(force)
 
     def _purge_model_variables(self, **kwargs):

@@ -5,6 +5,7 @@ CUDA_VISIBLE_DEVICES=0 KERAS_BACKEND=torch python -m pytest tests/test_gpu.py
 
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_pg2 import Beam, Greedy, PaliGemma2, Sample, _backend, quantization
 
@@ -15,15 +16,15 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """list, to which each step that is recorded adds whether that succeeded."""
-    results, record = [], _backend._recorded
+    """list, to which each call that is recorded adds whether that succeeded."""
+    results, record = [], _backend._Graphs.record
 
-    def counted(step, state):
-        replay = record(step, state)
-        results.append(replay is not step)
-        return replay
+    def counted(*args):
+        recording = record(*args)
+        results.append(recording is not None)
+        return recording
 
-    monkeypatch.setattr(_backend, "_recorded", counted)
+    monkeypatch.setattr(_backend._Graphs, "record", counted)
     return results
 
 
@@ -31,17 +32,39 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_graphs(data, image, recorded, sampler, dtype, quantize):
-    """The same answers as without them."""
+    """The same answers as without them, with other pictures in the same shapes, too."""
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype, quantize=quantize)
     options = {"sampler": sampler, "max_new_tokens": 12, "seed": 1, "details": True}
     prompts = ["caption en", "detect a red ball", "x"]
-    answers = model.generate([image] * 3, prompts, **options)
-    assert recorded == [True]
-    model.programs.makes_graphs = False
-    for answer, expected in zip(answers, model.generate([image] * 3, prompts, **options)):
-        np.testing.assert_array_equal(answer.token_ids, expected.token_ids)
-        np.testing.assert_allclose(answer.log_probs, expected.log_probs, atol=1e-3)
-    assert len(recorded) == 1
+    calls = [[image] * 3, [image] * 3, [image, image[::-1], image[:, ::-1]], [255 - image] * 3]
+    answers = [model.generate(images, prompts, **options) for images in calls]
+    assert recorded == [True, True]
+    model.programs.graphs.is_active = False
+    for images, answer in zip(calls, answers):
+        expected = model.generate(images, prompts, **options)
+        for one, other in zip(answer, expected, strict=True):
+            np.testing.assert_array_equal(one.token_ids, other.token_ids)
+            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-3)
+    assert len(recorded) == 2
+
+
+def test_graphs_of_other_programs(data, image, recorded):
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
+
+    def results():
+        encoded = model.encode([image, 255 - image])
+        scores = model.score(image, "ocr", ["a b", "c"])
+        text = "".join(model.stream(image, "caption en", max_new_tokens=20))
+        return ops.convert_to_numpy(encoded[1].tokens), scores, text
+
+    answers = [results() for _ in range(4)]
+    assert recorded == [True] * 4
+    model.programs.graphs.is_active = False
+    tokens, scores, text = results()
+    for answer in answers:
+        np.testing.assert_allclose(answer[0], tokens, atol=1e-4)
+        np.testing.assert_allclose(answer[1], scores, atol=1e-4)
+        assert answer[2] == text
 
 
 @pytest.mark.parametrize("shape", [(100, 96), (256, 256), (2048, 2304)])

@@ -80,7 +80,7 @@ def graphs(monkeypatch):
 
 
 @pytest.fixture
-def tiny(data):
+def tiny(data, graphs):
     return PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
 
 
@@ -108,7 +108,7 @@ def test_answers_are_the_same(data, graphs, sampler, quantize):
     options = {"sampler": sampler, "max_new_tokens": 12, "details": True}
     answers = [model.generate(*call, **options, **seed) for *call, seed in calls]
     assert len(graphs) == 2  # of decoding in the first answer, of the prefill in the second
-    model.programs.makes_graphs = False
+    model.programs.graphs.is_active = False
     for answer, (*call, seed) in zip(answers, calls):
         assert_equal(answer, model.generate(*call, **options, **seed))
     assert len(graphs) == 2
@@ -127,7 +127,7 @@ def test_other_programs(tiny, graphs):
     count = len(graphs)
     answers += [results(seed) for seed in range(3)]
     assert len(graphs) == count
-    tiny.programs.makes_graphs = False
+    tiny.programs.graphs.is_active = False
     for i, answer in enumerate(answers):
         for value, expected in zip(answer, results(i % 3), strict=True):
             if isinstance(value, str):
@@ -168,9 +168,9 @@ def test_few_steps_and_layers_of_a_user_are_not_recorded(tiny, image, graphs):
 def test_what_cannot_be_recorded(tiny, image, graphs, monkeypatch, caplog):
     options = {"max_new_tokens": 8, "details": True}
     tiny.generate(image, "caption en a long text", max_new_tokens=1)  # sets the next line's anew
-    tiny.programs.makes_graphs = False
+    tiny.programs.graphs.is_active = False
     expected = tiny.generate(image, "ocr", **options)
-    tiny.programs.makes_graphs = True
+    tiny.programs.graphs.is_active = True
     monkeypatch.setattr(Graph, "error", RuntimeError("operation not permitted"))
     monkeypatch.setattr(_backend, "_write", lambda *tensors: None)
     monkeypatch.setattr(_backend, "_broken_graphs", [])
@@ -198,12 +198,12 @@ def test_memory_that_graphs_keep(tiny, image, graphs, monkeypatch):
     options = {"max_new_tokens": 8, "details": True}
     answers = [tiny.generate(image, "ocr", **options) for _ in range(3)]
     assert_equal(answers[1:], answers[:1] * 2)
-    assert len(graphs) == 5  # nothing is kept: three of decoding, two of the prefill
+    assert len(graphs) == 3  # nothing is kept: each answer records its decoding
     properties.total_memory = 2**30
     tiny.generate(image, "ocr", **options)
     kept = tiny.programs.graphs._recordings
     assert len(kept) == 2
-    properties.total_memory = 16 * 3 * max(x.num_bytes() for x in kept.values())
+    properties.total_memory = 16 * 3 * max(x.num_bytes for x in kept.values())
     for _ in range(2):
         tiny.generate(pictures(tiny, 0, 1), "ocr", **options | {"max_new_tokens": 200})
     assert len(tiny.programs.graphs._recordings) < 4
@@ -231,5 +231,5 @@ def test_new_values_of_weights(tiny, image, graphs):
         variable.assign(keras.random.normal(variable.shape, seed=3))
     changed = tiny.generate(image, "ocr", **options)
     assert not np.allclose(changed.log_probs, before.log_probs, atol=1e-5)
-    tiny.programs.makes_graphs = False
+    tiny.programs.graphs.is_active = False
     assert_equal([tiny.generate(image, "ocr", **options)], [changed])
