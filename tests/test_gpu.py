@@ -36,7 +36,8 @@ def test_graphs(data, image, recorded, sampler, dtype, quantize):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype, quantize=quantize)
     options = {"sampler": sampler, "max_new_tokens": 12, "seed": 1, "details": True}
     prompts = ["caption en", "detect a red ball", "x"]
-    calls = [[image] * 3, [image] * 3, [image, image[::-1], image[:, ::-1]], [255 - image] * 3]
+    images = [image, image[::-1], image[:, ::-1]]
+    calls = [images, images, [255 - image for image in images], images[::-1]]
     answers = [model.generate(images, prompts, **options) for images in calls]
     assert recorded == [True, True]
     model.programs.graphs.is_active = False
