@@ -163,14 +163,15 @@ def topology(device):
 
 
 def compile_programs(device, batch_size, image_size, dtype, mode):
-    device = topology(device).devices[0]
+    _backend.has_gpu_with_jax = lambda: device == "h200"
+    target = topology(device).devices[0]
     config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b", image_size)
     cache_length = config.vision.num_tokens + MAX_TEXT_LENGTH
     with _backend.variables_without_values():
         model = keras_pg2.PaliGemma2(config, dtype=dtype)
         if mode:
             model.quantize(mode)
-    sharding = SingleDeviceSharding(device)
+    sharding = SingleDeviceSharding(target)
 
     def placed(tree):
         return jax.tree.map(

@@ -1358,6 +1358,10 @@ def has_cuda():
     return BACKEND == "torch" and torch.cuda.is_available()
 
 
+def has_gpu_with_jax():
+    return BACKEND == "jax" and jax.default_backend() == "gpu"
+
+
 def is_compiled_for_cuda(x):
     """Whether torch compiles, for a GPU, the operation on `x` that comes next."""
     return BACKEND == "torch" and x.is_cuda and torch.compiler.is_compiling()
@@ -1374,8 +1378,7 @@ def by_platform(functions, default, *args):
     Args:
         functions: dict of "cpu" or, for jax alone, "cuda" and "tpu" to callables.
         default: callable, for all other platforms, and with torch.
-        *args: nested structures of tensors, what it is called with. Outside of programs they are
-            tensors, the last of them a weight.
+        *args: tensors, what it is called with; the last is a weight.
     """
     if BACKEND == "jax":
         if _is_eager(args) and all(x.platform == "cpu" for x in args[-1].devices()):

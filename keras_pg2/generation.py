@@ -376,25 +376,20 @@ def _advance(model, method, state, limit):
     """Decodes until `limit` tokens are there or all rows are done."""
 
     num_rows = state["done"].shape[0] * (method.num_beams if isinstance(method, Beam) else 1)
-
-    def decode(token, index, cache):
-        logits, _, cache = model.decode(token, cache, index)
-        return logits, cache
-
-    def decode_and_pad(token, index, cache):
-        # XLA for GPUs makes slow products of one row, and its norms take several kernels. So a
-        # second token follows, over which the next step writes; the cache has room for it, since
-        # an answer's last token is never read.
-        hidden, cache = model.extend(ops.stack([token, token], axis=1), cache, index)
-        return model.text.logits(hidden[:, 0]), cache
-
-    pads = num_rows == 1 and model.text.embedding.quantized is None
-    functions = {"cuda": decode_and_pad} if pads else {}
+    is_quantized = model.text.embedding.quantized is not None
+    pads = num_rows == 1 and _backend.has_gpu_with_jax() and not is_quantized
 
     def step(state):
-        arguments = [state[name] for name in ("token", "index", "cache")]
-        logits, cache = _backend.by_platform(functions, decode, *arguments)
-        return _choose(method, state | {"cache": cache, "index": state["index"] + 1}, logits)
+        token, index, cache = (state[name] for name in ("token", "index", "cache"))
+        if pads:
+            # XLA for GPUs makes slow products of one row, and several kernels of its norms. So a
+            # second token follows, over which the next step writes; the cache has room for it,
+            # since an answer's last token is never read.
+            hidden, cache = model.extend(ops.stack([token, token], axis=1), cache, index)
+            logits = model.text.logits(hidden[:, 0])
+        else:
+            logits, _, cache = model.decode(token, cache, index)
+        return _choose(method, state | {"cache": cache, "index": index + 1}, logits)
 
     max_steps = limit - state["count"]
     return _backend.loop(step, state, max_steps, lambda state: ops.all(state["done"]), num_rows)
