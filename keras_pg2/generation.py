@@ -356,7 +356,8 @@ def _prefill(model, method, cache_length, buffer_length, inputs, choice):
 def _as_beams(state, logits, beams):
     """The state and logits of single rows, of which beam search makes many."""
     batch_size, length = state["tokens"].shape
-    is_later = ops.zeros((batch_size, beams), "int32") + ops.arange(beams, dtype="int32") > 0
+    scores = ops.zeros((batch_size, beams), "float32")
+    is_later = ops.zeros_like(scores, "int32") + ops.arange(beams, dtype="int32") > 0
     names = {"place", "recent"} & set(state)
     rows = {name: ops.repeat(state[name], beams, axis=0) for name in names}
     return {
@@ -365,7 +366,7 @@ def _as_beams(state, logits, beams):
         "cache": _repeat_cache(state["cache"], beams),
         "tokens": ops.zeros((batch_size, beams, length), "int32") + PAD_ID,
         "log_probs": ops.zeros((batch_size, beams, length), "float32"),
-        "scores": _backend.masked_fill(ops.zeros((batch_size, beams)), is_later, _NEVER),
+        "scores": _backend.masked_fill(scores, is_later, _NEVER),
         "best_tokens": state["tokens"],
         "best_log_probs": state["log_probs"],
         "best_score": ops.zeros((batch_size,), "float32") + 2 * _NEVER,
@@ -374,7 +375,6 @@ def _as_beams(state, logits, beams):
 
 def _advance(model, method, state, limit):
     """Decodes until `limit` tokens are there or all rows are done."""
-
     num_rows = state["done"].shape[0] * (method.num_beams if isinstance(method, Beam) else 1)
     is_quantized = model.text.embedding.quantized is not None
     pads = num_rows == 1 and _backend.has_gpu_with_jax() and not is_quantized

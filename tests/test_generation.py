@@ -109,6 +109,7 @@ def test_batches_are_split(model, image):
     assert len(set(whole)) > 1
 
 
+@pytest.mark.slow
 def test_keras_hub_samplers_with_more_images(model, image):
     """An image more and fewer tokens of text, in a cache of the same length."""
     samplers = pytest.importorskip("keras_hub").samplers
@@ -443,6 +444,7 @@ def test_a_keras_hub_sampler_takes_no_grammar(model, image):
 # Compilations
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _backend.IS_COMPILED, reason="torch runs eagerly: nothing is compiled")
 def test_other_programs_stay_with_a_new_sampler(data, image):
     samplers = pytest.importorskip("keras_hub").samplers

@@ -328,6 +328,7 @@ def _log_probs(model, batch):
     return model.generate(inputs, max_new_tokens=2)[0].log_probs
 
 
+@pytest.mark.slow
 def test_programs_are_renewed(batch):
     model = _model()
     base = _log_probs(model, batch)

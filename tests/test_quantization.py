@@ -433,7 +433,7 @@ def inputs(picture):
     return {"images": images, "token_ids": np.array([[2, 300, 500, 700]], "int32")}
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4/32"])
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("int4/32", marks=pytest.mark.slow)])
 def test_loading_is_like_quantizing_later(scheme, inputs, tmp_path):
     plain = keras_pg2.PaliGemma2.from_preset(TINY, dtype="float32")
     options = SCHEMES[scheme]
@@ -473,7 +473,7 @@ def test_a_batch_answers_as_its_pictures_alone(scheme):
             np.testing.assert_allclose(answer.log_probs, expected.log_probs, atol=0.05)
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_clone_and_weights(mode, inputs):
     """Keras' own copies."""
     model = keras_pg2.PaliGemma2.from_preset(TINY, quantize=mode)
@@ -560,7 +560,8 @@ def test_filters_match_paths(picture):
         model.save_to_preset("nowhere")
 
 
-@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_lora_on_a_quantized_model(mode, picture):
     model = keras_pg2.PaliGemma2.from_preset(TINY, dtype="float32", quantize=mode)
     before = {path: _numpy(v) for path, v in model.variables_by_path().items()}

@@ -499,6 +499,7 @@ def test_mixed_precision_keeps_the_codebook_in_float32():
     assert np.abs(codebook - 1).max() > 0.01  # dead rows moved
 
 
+@pytest.mark.slow
 def test_training():
     masks = train_codec.inside_boxes(train_codec.shape_masks(32, seed=0))
     codec = train_codec.train(masks, epochs=12, batch_size=8, learning_rate=5e-3, **SMALL)
