@@ -441,8 +441,9 @@ def _torch_loop(step, state, max_steps, is_done, num_rows):
                 recording.graph.replay()
             else:
                 state = step(state)
-    if recording and graphs.keep(key, recording):
-        return _copies(state)  # the next call writes over it
+    if recording and graphs.has_room(key, state):
+        state = _copies(state)  # the next call writes over it
+        graphs.keep(key, recording)
     return state
 
 
@@ -538,15 +539,11 @@ class _Graphs:
             return self._recordings.pop(key, None)
 
     def keep(self, key, recording):
-        """Keeps a recording, if there is room, in place of older ones. Returns whether it does."""
-        room = self._room(key)
-        if recording.num_bytes > room // 2:
-            return False
+        """Gives back a recording for the next call, in place of older ones if there is no room."""
         with self._lock:
             self._recordings[key] = recording
-            while sum(kept.num_bytes for kept in self._recordings.values()) > room:
+            while sum(kept.num_bytes for kept in self._recordings.values()) > self._room(key):
                 del self._recordings[next(iter(self._recordings))]
-        return True
 
     def record(self, key, function, args, outputs):
         """Records a call.

@@ -148,6 +148,24 @@ def test_two_streams_at_once(tiny, graphs):
     assert list(map("".join, pieces)) == expected
 
 
+def test_what_was_given_back_is_not_read(tiny, graphs, monkeypatch):
+    """Another thread may write over it."""
+    keep = _backend._Graphs.keep
+
+    def keep_and_overwrite(self, key, recording):
+        keep(self, key, recording)
+        for tensor in keras.tree.flatten([recording.inputs, recording.outputs]):
+            tensor.zero_()
+
+    options = {"max_new_tokens": 8, "details": True}
+    images = pictures(tiny, 0)
+    expected = tiny.generate(images, ["ocr", "caption en"], **options)
+    monkeypatch.setattr(_backend._Graphs, "keep", keep_and_overwrite)
+    for _ in range(3):
+        assert_equal(tiny.generate(images, ["ocr", "caption en"], **options), expected)
+    assert len(graphs) == 2
+
+
 def test_few_steps_and_layers_of_a_user_are_not_recorded(tiny, image, graphs):
     class Norm(type(tiny.text.final_norm)):
         pass
