@@ -495,7 +495,7 @@ class _Graphs:
 
     def __init__(self):
         self.is_active, self._lock = True, threading.Lock()
-        self._known, self._failed = set(), set()
+        self._known, self._failed, self._version = set(), set(), 0
         self.clear()
 
     def clear(self):
@@ -510,6 +510,7 @@ class _Graphs:
     def renew(self, layers):
         """Clears them for a model of these layers."""
         self.clear()
+        self._version += 1  # so that what is given back later is not used any more
         # Other layers may wait for the GPU, which a graph cannot hold.
         self.is_active = all(map(_is_known, layers))
 
@@ -517,7 +518,7 @@ class _Graphs:
         """What tells apart the calls that need graphs of their own."""
         tensors = keras.tree.flatten(args)
         shapes = tuple((x.shape, x.dtype) for x in tensors)
-        return name, torch.cuda.current_stream(tensors[0].device), shapes
+        return name, torch.cuda.current_stream(tensors[0].device), shapes, self._version
 
     def is_first(self, key):
         """Whether it is asked this for the first time."""
@@ -558,7 +559,7 @@ class _Graphs:
         Returns:
             _Recording, or None if the call cannot be recorded.
         """
-        name, stream, _ = key
+        name, stream, *_ = key
         if name in self._failed:
             return None
         graph, last = torch.cuda.CUDAGraph(), self._last.pop(stream, None)

@@ -238,7 +238,12 @@ def test_new_values_of_weights(tiny, image, graphs):
     weight.assign(3 * weight)  # in the same memory
     after = tiny.generate(image, "ocr", **options)
     assert len(graphs) == 2
+    kept = tiny.programs.graphs
+    taken = [(key, kept.take(key)) for key in [*kept._recordings]]
     weight.value.data = values  # other memory
+    assert_equal([tiny.generate(image, "ocr", **options)], [before])
+    for key_and_recording in taken:  # by a thread that used them so long
+        kept.keep(*key_and_recording)
     assert_equal([tiny.generate(image, "ocr", **options)], [before])
     assert not np.allclose(after.log_probs, before.log_probs, atol=1e-5)
     tiny.enable_lora(rank=2)
