@@ -1357,6 +1357,7 @@ def has_cuda():
 
 
 def has_gpu_with_jax():
+    """Whether jax computes on a GPU, unless told otherwise."""
     return BACKEND == "jax" and jax.default_backend() == "gpu"
 
 
