@@ -97,13 +97,13 @@ def test_the_way_from_pixels_to_the_first_token_is_short(model, image):
 
     keras_pg2.PaliGemma2(model.config)  # warms up Keras
     programs, model.programs = model.programs, _backend.Programs()
-    sys.setprofile(trace)
+    sys.settrace(trace)
     try:
         inputs = model.preprocessor.for_generation([[image]], ["ocr"])
         inputs["images"] = inputs["images"].copy()
         next(generation.token_steps(model, inputs, generation.Greedy(), 1, None, lambda: 1))
     finally:
-        sys.setprofile(None)
+        sys.settrace(None)
         model.programs = programs
     assert ("preprocessing.py", "Preprocessor.for_generation") in ran
     assert ("gemma.py", "GemmaAttention.call") in ran
