@@ -93,7 +93,7 @@ class Programs:
     """Compiled functions of a model, made once each and kept with the model.
 
     jax and tensorflow compile a program once per set of input shapes; torch runs it eagerly,
-    without gradients, or compiles the steps of its loops.
+    without gradients, or compiles the steps of its loops, and on a GPU records CUDA graphs.
 
     Args:
         compile_steps: bool, whether torch compiles the steps of loops.

@@ -307,7 +307,7 @@ def _sample_inputs(sampler, seeds, length, vocab_size):
 
 
 def _pad_to_buckets(model, inputs, num_added, added_by="`max_new_tokens`"):
-    """Rounds lengths up if programs are compiled. Returns inputs, cache and buffer length."""
+    """Inputs, cache and buffer length; rounded up if programs are compiled or recorded."""
     num_image_tokens = model.num_image_tokens(inputs)
     length = inputs["token_ids"].shape[1]
     limit = model.config.text.max_positions
