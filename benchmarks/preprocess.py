@@ -26,7 +26,7 @@ import keras_pg2
 from keras_pg2.checkpoints.presets import TINY
 
 
-def write_pictures(folder, size, count):
+def write_images(folder, size, count):
     photograph = Image.fromarray(sklearn.datasets.load_sample_image("china.jpg"))
     paths = [folder / f"{i}.jpg" for i in range(count)]
     for i, path in enumerate(paths):
@@ -44,11 +44,11 @@ def contestants(image_size):
         image_size=(image_size, image_size), scale=1 / 127.5, offset=-1
     )
 
-    def transformers_pictures(paths):
-        pictures = [Image.open(path).convert("RGB") for path in paths]
-        return np.asarray(processor(pictures, return_tensors="np")["pixel_values"])
+    def transformers_images(paths):
+        images = [Image.open(path).convert("RGB") for path in paths]
+        return np.asarray(processor(images, return_tensors="np")["pixel_values"])
 
-    def keras_hub_pictures(paths):
+    def keras_hub_images(paths):
         return np.stack(
             [keras.ops.convert_to_numpy(converter(np.asarray(Image.open(p)))) for p in paths]
         )
@@ -56,8 +56,8 @@ def contestants(image_size):
     return {
         "keras_pg2": lambda paths: ours.load_images([[path] for path in paths]),
         "keras_pg2 bicubic": lambda paths: ours_bicubic.load_images([[path] for path in paths]),
-        "transformers": transformers_pictures,
-        "keras_hub": keras_hub_pictures,
+        "transformers": transformers_images,
+        "keras_hub": keras_hub_images,
         "Pillow alone": lambda paths: [Image.open(path).load() for path in paths],
     }
 
@@ -66,7 +66,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="*", default=["640x480", "1600x1200", "4000x3000"])
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--count", type=int, default=8, help="pictures")
+    parser.add_argument("--count", type=int, default=8, help="images")
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
     os.sched_setaffinity(0, {0})
@@ -77,7 +77,7 @@ def main():
         seconds = {function: [] for function in functions}
         with tempfile.TemporaryDirectory() as folder:
             size = tuple(int(side) for side in name.split("x"))
-            paths = write_pictures(pathlib.Path(folder), size, options.count)
+            paths = write_images(pathlib.Path(folder), size, options.count)
             for _ in range(options.repeat + 1):  # the first is not counted
                 for function, load in functions.items():
                     start = time.perf_counter()

@@ -4,7 +4,7 @@
 
 "rows" decodes 8 prompts of 1 to 15 tokens, and one of 8; "cache" reads a cache of 4,608 tokens,
 and one of 320 (384 where lengths are rounded up): 8 blocks of 1,024 and the real vocabulary, in
-turn in one process. "memory" is what answering about a picture of 896 px, 4,096 image tokens, takes
+turn in one process. "memory" is what answering about an image of 896 px, 4,096 image tokens, takes
 beyond what a process with the 3B weights holds: resident memory at its highest, in the first call,
 which compiles, and in the next. Random weights; bfloat16 on torch, float32 on jax and tensorflow.
 """
@@ -32,7 +32,7 @@ STEPS, COUNT = 4, 12  # tokens that are timed together, and how often
 
 
 def make_inputs(lengths, image_size=224):
-    """One picture and one prompt of random tokens a row, padding first."""
+    """One image and one prompt of random tokens a row, padding first."""
     rng = np.random.default_rng(0)
     longest = max(lengths)
     return {

@@ -337,7 +337,7 @@ def columns_of(batch):
         responses: list of str, or None without answers.
 
     Raises:
-        ValueError: if a field is missing, or torch has mixed up the pictures of examples.
+        ValueError: if a field is missing, or torch has mixed up the images of examples.
     """
     received = batch[0] if isinstance(batch, list) else batch
     if isinstance(batch, list):
@@ -359,8 +359,8 @@ def columns_of(batch):
     is_collated = received is batch and isinstance(found[0], list)
     if is_collated and any(isinstance(row, tuple) for row in found[0]):
         raise ValueError(
-            "A batch must hold the pictures of an example as a list. Received tuples, as the "
-            "`DataLoader` of torch makes them of the first pictures of all examples, of their "
+            "A batch must hold the images of an example as a list. Received tuples, as the "
+            "`DataLoader` of torch makes them of the first images of all examples, of their "
             "second ones, and so on. Pass it "
             "`collate_fn=lambda rows: {k: [row[k] for row in rows] for k in rows[0]}`."
         )
@@ -370,7 +370,7 @@ def columns_of(batch):
 
 
 def _items(column):
-    """A list of what a column of any kind holds; a single item or an array of pictures stays."""
+    """A list of what a column of any kind holds; a single item or an array of images stays."""
     is_single = column is None or isinstance(column, (str, os.PathLike, Image.Image))
     if is_single or len(getattr(column, "shape", (0,))) != 1:
         return column

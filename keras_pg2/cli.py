@@ -71,20 +71,20 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"keras-pg2 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    generate = _add_task(commands, "generate", "answer a prompt about pictures")
+    generate = _add_task(commands, "generate", "answer a prompt about images")
     generate.add_argument("prompt", help='such as "caption en", "detect cat" or "ocr"')
-    caption = _add_task(commands, "caption", "say what pictures show")
+    caption = _add_task(commands, "caption", "say what images show")
     caption.add_argument(
         "--style", default="coco", choices=tuple(tasks.CAPTION_STYLES), help="default: coco"
     )
-    answer = _add_task(commands, "answer", "answer a question about pictures")
+    answer = _add_task(commands, "answer", "answer a question about images")
     answer.add_argument("question")
     for task in (caption, answer):
         task.add_argument("--lang", default="en", help="code of a language; default: en")
-    ocr = _add_task(commands, "ocr", "read the text in pictures")
+    ocr = _add_task(commands, "ocr", "read the text in images")
     for task in (generate, caption, answer, ocr):
         task.add_argument(
-            "--stream", action="store_true", help="show the answer while it is made; one picture"
+            "--stream", action="store_true", help="show the answer while it is made; one image"
         )
     for name, help in (("detect", "find things, with boxes"), ("segment", "and with masks")):
         task = _add_task(commands, name, help)
@@ -92,7 +92,7 @@ def _parser():
         task.add_argument(
             "--draw",
             metavar="OUT",
-            help="write pictures with boxes and masks: a .png file for one picture, else a folder",
+            help="write images with boxes and masks: a .png file for one image, else a folder",
         )
         task.add_argument(
             "--constrained", action="store_true", help="let the model say well-formed things only"
@@ -142,11 +142,11 @@ def _add_task(commands, name, help):
     task = commands.add_parser(
         name, help=help, description=f"{help[0].upper()}{help[1:]}. Options go last."
     )
-    task.add_argument("images", nargs="+", metavar="image", help="a picture, a folder or a pattern")
+    task.add_argument("images", nargs="+", metavar="image", help="an image, a folder or a pattern")
     _add_model(task)
     task.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer")
     task.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
-    task.add_argument("--json", action="store_true", help="print a line of JSON for each picture")
+    task.add_argument("--json", action="store_true", help="print a line of JSON for each image")
     task.set_defaults(run=_run_task)
     return task
 
@@ -194,7 +194,7 @@ def _run_task(options):
     paths = _image_paths(options.images)
     drawn_paths = _drawn_paths(options.images, paths, getattr(options, "draw", None))
     if getattr(options, "stream", False) and (len(paths) > 1 or options.json):
-        raise ValueError("--stream goes with one picture, and not with --json.")
+        raise ValueError("--stream goes with one image, and not with --json.")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be positive. Received: {options.max_new_tokens}")
     prompt = _prompt(options)  # all that can be wrong is found before a model is loaded
@@ -223,7 +223,7 @@ def _run_task(options):
                         draw(image, answer).save(file, "PNG")
             bar.update(len(paths[start : start + options.batch_size]))
     if num_failures:
-        _report(f"{num_failures} of {len(paths)} pictures could not be read")
+        _report(f"{num_failures} of {len(paths)} images could not be read")
     return int(num_failures > 0)
 
 
@@ -242,7 +242,7 @@ def _demo(options):
 
 
 def _image_paths(names):
-    """Paths of pictures from files, folders and patterns."""
+    """Paths of images from files, folders and patterns."""
     paths = []
     for name in names:
         if os.path.isdir(name):
@@ -253,7 +253,7 @@ def _image_paths(names):
                 and not os.path.isdir(os.path.join(name, entry))
             )
             if not found:
-                raise FileNotFoundError(f"The folder {name!r} has no pictures.")
+                raise FileNotFoundError(f"The folder {name!r} has no images.")
         elif os.path.exists(name):
             found = [name]
         elif "://" in name:
@@ -269,19 +269,19 @@ def _image_paths(names):
 
 
 def _drawn_paths(names, paths, out):
-    """dict of path to the path of its drawn picture; empty without `out`."""
+    """dict of path to the path of its drawn image; empty without `out`."""
     if out is None:
         return {}
     drawn = {paths[0]: out}
     is_png = out.lower().endswith(".png") and not os.path.isdir(out)
     is_folder = os.path.isdir(out) or out.endswith(os.sep) or names != paths or len(paths) > 1
     if (is_png and len(paths) > 1) or (not is_png and is_folder and os.path.isfile(out)):
-        raise ValueError(f"--draw needs a folder for several pictures. Received: {out!r}")
+        raise ValueError(f"--draw needs a folder for several images. Received: {out!r}")
     if is_folder and not is_png:
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
         drawn = {path: os.path.join(out, f"{name}.png") for path, name in zip(paths, names)}
     if len(set(drawn.values())) < len(paths):
-        raise ValueError("--draw needs pictures with different names, since it writes one folder.")
+        raise ValueError("--draw needs images with different names, since it writes one folder.")
     for path in drawn.values():
         if not path.lower().endswith(".png"):
             raise ValueError(f"--draw writes PNG files. Received: {path!r}")
@@ -291,7 +291,7 @@ def _drawn_paths(names, paths, out):
 
 
 def _prompt(options):
-    """The prompt of a command that has one for all pictures."""
+    """The prompt of a command that has one for all images."""
     if options.command == "caption":
         return tasks.caption_prompt(options.lang, options.style)
     if options.command == "answer":
@@ -319,7 +319,7 @@ def _answers(model, options, prompt, images):
 
 
 def _line(path, answer, is_json, has_path):
-    """What is printed for a picture."""
+    """What is printed for an image."""
     if answer is None:
         return None
     is_text = isinstance(answer, str)

@@ -98,7 +98,7 @@ class SiglipConfig:
 
     @property
     def num_tokens(self):
-        """Image tokens per picture: 256, 1,024 and 4,096 at 224, 448 and 896 px."""
+        """Image tokens per image: 256, 1,024 and 4,096 at 224, 448 and 896 px."""
         return (self.image_size // self.patch_size) ** 2
 
 

@@ -1,6 +1,6 @@
 """Data files to training examples: JSONL, COCO and visual question answering.
 
-An example is a dict of "image", "prefix" and "suffix". Pictures stay closed here: an example gives
+An example is a dict of "image", "prefix" and "suffix". Images stay closed here: an example gives
 their paths, and `fit` opens them in threads.
 """
 
@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 _LARGE_FILE, _MANY_ROWS = 10**8, 10**5  # bytes and rows from which progress is shown
 _MAX_PLACES = 5  # bad rows named in a warning
 _PROMPTS = ("categories", "category", "all classes")
-_KINDS = {str: "a string", int: "an integer", list: "a list", object: "a picture"}
+_KINDS = {str: "a string", int: "an integer", list: "a list", object: "an image"}
 
 
 class Examples(collections.abc.Sequence):
@@ -81,7 +81,7 @@ class Examples(collections.abc.Sequence):
     def split(self, fraction, seed=0):
         """Two parts, drawn at random: the rest, and `fraction` of the examples.
 
-        Examples of one picture may fall into both. Each part keeps the order.
+        Examples of one image may fall into both. Each part keeps the order.
 
         Args:
             fraction: float in (0, 1), share of the second part, at least one example.
@@ -117,7 +117,7 @@ def jsonl(path, image_folder=None, *, prefix=None, check_images=True, on_error="
         path: path of the file.
         image_folder: path of the folder that file names are relative to. Defaults to the file's.
         prefix: str or None, to take the place of each row's own.
-        check_images: bool, whether pictures must exist.
+        check_images: bool, whether images must exist.
         on_error: "raise" to stop at the first bad row; or "skip" to leave out bad rows, counted in
             a warning.
         shard: None, or `(index, count)`, the part of one of several processes: every `count`-th
@@ -177,7 +177,7 @@ class _JsonLines:
         except ValueError as error:
             raise ValueError(
                 f"{self._path}:{self._numbers[row]}: {error} It was right before: has somebody "
-                "changed the file or the pictures?"
+                "changed the file or the images?"
             ) from error
 
     def _example(self, line):
@@ -196,8 +196,8 @@ class _JsonLines:
 def write_jsonl(path, examples, *, overwrite=False):
     """Writes examples to a JSONL file for `jsonl`.
 
-    Pictures given as arrays or PIL images are saved as 8-bit PNG in the folder `<name>_images`
-    beside the file, equal ones once. Of pictures given by path the path is written, relative to
+    Images given as arrays or PIL images are saved as 8-bit PNG in the folder `<name>_images`
+    beside the file, equal ones once. Of images given by path the path is written, relative to
     the file. The file is complete or not there at all: it is written under a temporary name first.
 
     Args:
@@ -208,7 +208,7 @@ def write_jsonl(path, examples, *, overwrite=False):
 
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False, or is a folder.
-        ValueError: if an example lacks something, is of another type, or a picture is missing.
+        ValueError: if an example lacks something, is of another type, or an image is missing.
 
     Example:
         >>> keras_pg2.data.write_jsonl(
@@ -223,7 +223,7 @@ def write_jsonl(path, examples, *, overwrite=False):
     def name(image):
         if isinstance(image, (str, os.PathLike)):
             if not os.path.isfile(image):
-                raise ValueError(f"There is no picture {os.fspath(image)!r}.")
+                raise ValueError(f"There is no image {os.fspath(image)!r}.")
             image_path = os.path.realpath(os.path.dirname(image)), os.path.basename(image)
             return os.path.relpath(os.path.join(*image_path), folder).replace(os.sep, "/")
         levels = image_pixels(image)
@@ -270,21 +270,21 @@ def coco_detection(
 ):
     """Examples of COCO's boxes: "detect cat ; dog" -> "<loc…><loc…><loc…><loc…> cat ; …".
 
-    Pictures without objects are left out, and so are boxes without a width or a height in location
+    Images without objects are left out, and so are boxes without a width or a height in location
     tokens, of which there are 1,024 a side.
 
     Args:
         annotations: path of the JSON file, with `images`, `annotations` and `categories`.
-        image_folder: path of the folder of the pictures. Defaults to the file's.
-        prompt: "categories": an example for each picture, which asks for the categories in it;
-            "category": an example for each category in a picture; or "all classes": an example
-            for each picture, "detect all classes" and the objects in random order, drawn once.
+        image_folder: path of the folder of the images. Defaults to the file's.
+        prompt: "categories": an example for each image, which asks for the categories in it;
+            "category": an example for each category in an image; or "all classes": an example
+            for each image, "detect all classes" and the objects in random order, drawn once.
             PaliGemma 2 was trained on COCO so, with noise boxes besides, which are not made here.
             In the others, objects go by category, then from top to bottom.
         keep_crowds: bool, whether objects marked `iscrowd` count.
         seed: int, of the order of objects.
-        check_images: bool, whether pictures must exist.
-        on_error: "raise" to stop at the first bad picture or annotation; or "skip" to leave them
+        check_images: bool, whether images must exist.
+        on_error: "raise" to stop at the first bad image or annotation; or "skip" to leave them
             out, counted in a warning.
         shard: None, or `(index, count)`, the part of one of several processes.
 
@@ -330,13 +330,13 @@ def coco_segmentation(
 
     Args:
         annotations: path of the JSON file, with `images`, `annotations` and `categories`.
-        image_folder: path of the folder of the pictures, or None for the file's.
+        image_folder: path of the folder of the images, or None for the file's.
         codec: SegmentationCodec, such as `model.get_codec()`. Or a callable that makes the suffix
-            of the objects of one picture from `masks` (bool array (count, height, width)),
+            of the objects of one image from `masks` (bool array (count, height, width)),
             `labels` (list of str) and `boxes` (float array (count, 4), x1 y1 x2 y2 in pixels).
         prompt: "categories" or "category", see `coco_detection`.
         keep_crowds: bool, whether objects marked `iscrowd` count.
-        check_images: bool, whether pictures must exist.
+        check_images: bool, whether images must exist.
         on_error: "raise" or "skip", see `coco_detection`.
         shard: None, or `(index, count)`, the part of one of several processes.
 
@@ -383,13 +383,13 @@ def coco_captions(
 
     Args:
         annotations: path of the JSON file, with `images` and `annotations`.
-        image_folder: path of the folder of the pictures. Defaults to the file's.
+        image_folder: path of the folder of the images. Defaults to the file's.
         prefix: str.
-        one_per_image: bool: False for an example for each caption; True for one for each picture,
-            with a caption drawn at random. The epochs of the paper's recipes count pictures: 5 of
+        one_per_image: bool: False for an example for each caption; True for one for each image,
+            with a caption drawn at random. The epochs of the paper's recipes count images: 5 of
             them are 1 epoch of all captions.
         seed: int, of the draw.
-        check_images: bool, whether pictures must exist.
+        check_images: bool, whether images must exist.
         on_error: "raise" or "skip", see `coco_detection`.
         shard: None, or `(index, count)`, the part of one of several processes.
 
@@ -434,9 +434,9 @@ class _Scene:
 
 
 def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
-    """Pictures with at least one object, as _Scene."""
+    """Images with at least one object, as _Scene."""
     source = os.fspath(annotations)
-    data, pictures = _read_coco(source, image_folder, checks)
+    data, annotated = _read_coco(source, image_folder, checks)
     categories = {}
     for rank, category in enumerate(_field(data, "categories", list, source)):
         with checks.row(f"{source}: category {_id(category, rank)}"):
@@ -451,7 +451,7 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                 raise ValueError(f"`id` {id!r} belongs to another category already.")
             categories[id] = rank, name
     num_empty = 0
-    for path, image, image_annotations in pictures:
+    for path, image, image_annotations in annotated:
         objects = []
         with checks.row(f"{source}: image {image['id']}"):
             height, width = (_field(image, name, int) for name in ("height", "width"))
@@ -487,7 +487,7 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
 
 
 def _read_coco(source, image_folder, checks):
-    """The whole file, and its pictures with annotations: (path, image, [(place, annotation)])."""
+    """The whole file, and its images with annotations: (path, image, [(place, annotation)])."""
     source = os.path.expanduser(source)
     folder = _folder(source, image_folder)
     data = _load_json(source)
@@ -502,14 +502,14 @@ def _read_coco(source, image_folder, checks):
             if image_id not in known:
                 raise ValueError(f"`image_id` {image_id!r} is not in `images`.")
             annotations_by_image[image_id].append((place, annotation))
-    pictures = []
+    annotated = []
     for position, image in enumerate(tqdm.tqdm(images, disable=len(images) < _MANY_ROWS)):
         with checks.row(f"{source}: image {_id(image, position)}"):
             # Each id once: annotations of an image that is there twice count once.
             if found := annotations_by_image.pop(_field(image, "id", (int, str)), None):
                 name = _field(image, "file_name", str)
-                pictures.append((checks.images(folder, name), image, found))
-    return data, pictures
+                annotated.append((checks.images(folder, name), image, found))
+    return data, annotated
 
 
 def _prompted(scene, prompt, seed):
@@ -534,7 +534,7 @@ def _check_prompt(prompt, choices):
 
 
 def _box(annotation, height, width):
-    """COCO's x, y, width and height in pixels to x1, y1, x2, y2 in the picture, None if empty."""
+    """COCO's x, y, width and height in pixels to x1, y1, x2, y2 in the image, None if empty."""
     box = _field(annotation, "bbox", list)
     if len(box) != 4 or not all(_is_number(value) for value in box):
         raise ValueError(f"`bbox` must be 4 numbers: x, y, width, height. Received: {box!r:.80}.")
@@ -545,7 +545,7 @@ def _box(annotation, height, width):
     y1, y2 = (min(max(value, 0), height) for value in (y, y + box_height))
     if x1 >= x2 or y1 >= y2:
         raise ValueError(
-            "`bbox` must have a width, a height, and a part inside of its picture of "
+            "`bbox` must have a width, a height, and a part inside of its image of "
             f"{width} × {height}. Received: {box}."
         )
     return x1, y1, x2, y2
@@ -574,7 +574,7 @@ def _check_segmentation(segmentation, height, width):
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [height, width]:
             raise ValueError(
-                f"`size` of the mask must be the picture's, [{height}, {width}]. "
+                f"`size` of the mask must be the image's, [{height}, {width}]. "
                 f"Received: {segmentation.get('size')!r}."
             )
         counts = _run_lengths(segmentation)
@@ -698,14 +698,14 @@ def vqa(
     Args:
         questions: path of a JSON file.
         annotations: path of the JSON file of the answers, or None if `questions` has them.
-        image_folder: path of the folder of the pictures. Defaults to the file's.
+        image_folder: path of the folder of the images. Defaults to the file's.
         prefix: str with "{question}".
         answer: "most common", the first if several are, or "random", drawn once.
         image_name: None, or how file names follow from the fields of a question, such as
             "{image_id}.jpg". By default they are in `image`, or are COCO's:
             "COCO_train2014_000000000009.jpg" from `data_subtype` and `image_id`.
         seed: int, of the draw.
-        check_images: bool, whether pictures must exist.
+        check_images: bool, whether images must exist.
         on_error: "raise" to stop at the first bad question; or "skip" to leave them out, counted
             in a warning.
         shard: None, or `(index, count)`, the part of one of several processes.
@@ -786,7 +786,7 @@ def _answers(row):
 def _named(image_name, row):
     if image_name is None:
         raise ValueError(
-            "The field `image` is missing. If pictures are named by another field, pass "
+            "The field `image` is missing. If images are named by another field, pass "
             '`image_name`, such as "{image_id}.jpg".'
         )
     try:
@@ -835,14 +835,14 @@ class _Checks:
                 self._messages.append(f"{place}: {error}")
 
     def images(self, folder, names):
-        """Path of the picture of a name, or paths of those of a list."""
+        """Path of the image of a name, or paths of those of a list."""
         if isinstance(names, list):
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"`image` must be a name or a list of them. Received: {names!r}.")
             return [self.images(folder, name) for name in names]
         path = os.path.join(folder, names)
         if self._check_images and not os.path.isfile(path):
-            raise ValueError(f"There is no picture {path!r}.")
+            raise ValueError(f"There is no image {path!r}.")
         return path
 
     def examples(self, read, count, shard, source):

@@ -48,9 +48,9 @@ def build(model, title="PaliGemma 2"):
     lock = threading.Lock()
 
     def run(image, task, text, lang):
-        """Pieces of text, and the picture with what was found: tuples as Gradio wants them."""
+        """Pieces of text, and the image with what was found: tuples as Gradio wants them."""
         if image is None:
-            raise gradio.Error("Upload a picture, or choose a sample.")
+            raise gradio.Error("Upload an image, or choose a sample.")
         text = text or ""  # nothing was typed yet
         if len(text) + len(lang or "") > _MAX_TEXT:
             raise gradio.Error(f"At most {_MAX_TEXT} characters, please.")
@@ -97,7 +97,7 @@ def build(model, title="PaliGemma 2"):
         with gradio.Row():
             with gradio.Column():
                 image = gradio.Image(
-                    label="Picture",
+                    label="Image",
                     type="pil",
                     format="png",  # Gradio's own choice, WebP, loses detail
                     image_mode=None,  # Gradio makes 16 bits white
@@ -188,11 +188,11 @@ def _prompt(task, text, lang):
 
 
 def _refuse_addresses(move_to_cache):
-    """What Gradio calls with a client's picture, without fetching an address in its place."""
+    """What Gradio calls with a client's image, without fetching an address in its place."""
 
     async def move_upload_to_cache(path):
         if str(path).lower().startswith(("http:", "https:")):
-            raise gradio.Error("Upload a picture: addresses are not fetched.")
+            raise gradio.Error("Upload an image: addresses are not fetched.")
         return await move_to_cache(path)
 
     return move_upload_to_cache

@@ -1,4 +1,4 @@
-"""Draws boxes, masks, labels and scores on pictures."""
+"""Draws boxes, masks, labels and scores on images."""
 
 import colorsys
 import logging
@@ -21,16 +21,16 @@ _FONTS = (
     "msyh.ttc",
 )
 _MASK_OPACITY = 0.45
-_TEXT_SHARE = 0.032  # height of letters, of the mean side of the picture
+_TEXT_SHARE = 0.032  # height of letters, of the mean side of the image
 _SMALLEST_SIDE = 480  # of the result, pixels: labels need room
 
 
 def draw(image, detections, font=None):
-    """A copy of a picture with objects drawn on it.
+    """A copy of an image with objects drawn on it.
 
-    The colour of a label is the same in every picture. Boxes and masks have a light and
+    The colour of a label is the same in every image. Boxes and masks have a light and
     a dark outline, so that they can be seen on every ground. Labels avoid each other where there
-    is room. A small picture is enlarged by a whole factor first.
+    is room. A small image is enlarged by a whole factor first.
 
     Args:
         image: a path, a PIL image or an array, see `PaliGemma2.generate`.
@@ -44,22 +44,22 @@ def draw(image, detections, font=None):
 
     Raises:
         OSError: if the font cannot be read.
-        TypeError: if `detections` is not of one picture.
-        ValueError: if the detections are of a picture of another size.
+        TypeError: if `detections` is not of one image.
+        ValueError: if the detections are of an image of another size.
 
     Example:
         >>> keras_pg2.draw("cat.jpg", model.detect("cat.jpg", "cat")).save("drawn.png")
     """
     if not isinstance(detections, Detections):
         raise TypeError(
-            "`detections` must be the Detections of one picture, one item of what `detect` "
+            "`detections` must be the Detections of one image, one item of what `detect` "
             f"returns for a list. Received: {type(detections).__name__}"
         )
     levels = image_pixels(image).astype("float32")
     height, width = levels.shape[:2]
     if (width, height) != (detections.width, detections.height):
         raise ValueError(
-            f"`detections` must be of this picture of {width} × {height} pixels. Received: "
+            f"`detections` must be of this image of {width} × {height} pixels. Received: "
             f"detections in {detections.width} × {detections.height} pixels"
         )
     scale = max(1, round(_SMALLEST_SIDE / max(width, height)))
@@ -71,19 +71,19 @@ def draw(image, detections, font=None):
     for item in order:
         if item.mask is not None:
             _paint_mask(levels, item.mask.repeat(scale, 0).repeat(scale, 1), _color(item), line)
-    picture = Image.fromarray(levels.round().clip(0, 255).astype("uint8"))
-    canvas = ImageDraw.Draw(picture)
+    drawn = Image.fromarray(levels.round().clip(0, 255).astype("uint8"))
+    canvas = ImageDraw.Draw(drawn)
     for item in order:
         box = [place * scale for place in item.box]
-        _frame(canvas, box, _color(item), line, picture.size)
+        _frame(canvas, box, _color(item), line, drawn.size)
     texts = [" ".join(filter(None, [item.label, _percent(item.score)])) for item in order]
     font = _font(font, max(11, round(unit * _TEXT_SHARE)), "".join(texts))
     taken = []
     for item, text in zip(reversed(order), reversed(texts)):
         if text:
             box = [place * scale for place in item.box]
-            taken.append(_label(canvas, box, text, _color(item), font, line, picture.size, taken))
-    return picture
+            taken.append(_label(canvas, box, text, _color(item), font, line, drawn.size, taken))
+    return drawn
 
 
 def _font(path, size, text):

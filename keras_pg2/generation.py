@@ -776,8 +776,8 @@ def align_inputs(inputs, vocab_size):
             f"`token_ids` must be integers in [0, {vocab_size}). Received: dtype "
             f"{token_ids.dtype}, values in [{token_ids.min()}, {token_ids.max()}]"
         )
-    pictures = {name: inputs[name] for name in {"images", "image_tokens"} & set(inputs)}
-    if "images" in pictures:
+    vision = {name: inputs[name] for name in {"images", "image_tokens"} & set(inputs)}
+    if "images" in vision:
         images = inputs["images"]
         if images.dtype.kind not in "fV" or not (np.abs(images.astype("float32")) <= 1.001).all():
             raise ValueError(
@@ -785,13 +785,13 @@ def align_inputs(inputs, vocab_size):
                 f"`preprocessor.load_images` makes them. Received: dtype {images.dtype}, values "
                 f"in [{images.min()}, {images.max()}]"
             )
-        pictures["images"] = images[:, None] if images.ndim == 4 else images
+        vision["images"] = images[:, None] if images.ndim == 4 else images
     padding_mask = inputs.get("padding_mask", np.ones_like(token_ids)).astype(bool)
     suffix_mask = inputs.get("suffix_mask", np.zeros_like(token_ids)).astype(bool)
     if not padding_mask.any(axis=1).all():
         raise ValueError("Each row of `padding_mask` must have at least one real token.")
     return {
-        **pictures,
+        **vision,
         **align_right(
             [
                 (ids[real], suffix[real])

@@ -53,11 +53,11 @@ def _not_in_fit(method):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """A picture that went through the vision tower, see `PaliGemma2.encode`.
+    """An image that went through the vision tower, see `PaliGemma2.encode`.
 
     Attributes:
         tokens: tensor, float (P, D), image tokens in the decoder's space.
-        width, height: int, of the picture in pixels.
+        width, height: int, of the image in pixels.
     """
 
     tokens: object = dataclasses.field(repr=False)
@@ -67,7 +67,7 @@ class EncodedImage:
 
 @keras.saving.register_keras_serializable("keras_pg2")
 class PaliGemma2(keras.Model):
-    """PaliGemma 1 and 2: pictures and text in, text out.
+    """PaliGemma 1 and 2: images and text in, text out.
 
     Args:
         config: PaliGemmaConfig.
@@ -460,14 +460,14 @@ class PaliGemma2(keras.Model):
         ]
 
     def encode_images(self, images, training=None):
-        """Pictures to tokens in the decoder's space.
+        """Images to tokens in the decoder's space.
 
         Args:
             images: float (B, M, I, I, 3) or (B, I, I, 3) in [-1, 1].
             training: bool, see `SiglipTower`.
 
         Returns:
-            float (B, M · P, D), picture by picture.
+            float (B, M · P, D), image by image.
         """
         size, num_tokens = self.config.vision.image_size, self.config.vision.num_tokens
         num_images = images.shape[1] if len(images.shape) == 5 else 1
@@ -590,17 +590,17 @@ class PaliGemma2(keras.Model):
         return narrow, mask
 
     def _check_inputs(self, inputs):
-        pictures = "image_tokens" if "image_tokens" in inputs else "images"
-        missing = {pictures, "token_ids"} - set(inputs)
-        unknown = set(inputs) - {pictures, *_TEXT_INPUTS}
+        images_name = "image_tokens" if "image_tokens" in inputs else "images"
+        missing = {images_name, "token_ids"} - set(inputs)
+        unknown = set(inputs) - {images_name, *_TEXT_INPUTS}
         if missing or unknown:
             raise ValueError(
                 "The model reads a dict with 'images' (or 'image_tokens') and "
                 f"{list(_TEXT_INPUTS)}. Missing: {sorted(missing)}. Unknown: {sorted(unknown)}"
             )
         size = self.config.vision.image_size
-        shape = tuple(inputs[pictures].shape)
-        if pictures == "image_tokens":
+        shape = tuple(inputs[images_name].shape)
+        if images_name == "image_tokens":
             width = self.config.text.width
             if len(shape) != 3 or shape[2] != width or shape[1] % self.config.vision.num_tokens:
                 raise ValueError(
@@ -611,7 +611,7 @@ class PaliGemma2(keras.Model):
             raise ValueError(
                 f"`images` must be (B, M, {size}, {size}, 3) or (B, {size}, {size}, 3) in "
                 f"[-1, 1]. Received: images of shape {shape}. `preprocessor.load_images` makes "
-                "such arrays from pictures of any size."
+                "such arrays from images of any size."
             )
         text_shape = (shape[0], tuple(inputs["token_ids"].shape)[-1])
         for name in _TEXT_INPUTS:
@@ -640,7 +640,7 @@ class PaliGemma2(keras.Model):
         details=False,
         grammar=None,
     ):
-        """Completes prompts about pictures.
+        """Completes prompts about images.
 
         Args:
             images: an image (a path, a PIL image, or an array of uint8 in [0, 255] or float
@@ -709,7 +709,7 @@ class PaliGemma2(keras.Model):
         return results[0] if is_single else results
 
     def _encode_once(self, images):
-        """The pictures of the examples, encoded if all are one."""
+        """The images of the examples, encoded if all are one."""
         first = images[0]
         is_one = len(first) == 1 and all(row[0] is first[0] and len(row) == 1 for row in images)
         if len(images) == 1 or not is_one or isinstance(first[0], EncodedImage):
@@ -717,7 +717,7 @@ class PaliGemma2(keras.Model):
         return [[self.encode(first[0])]] * len(images)
 
     def _inputs(self, images, prompts, responses):
-        """A batch for `generation`, of pictures that may be encoded already."""
+        """A batch for `generation`, of images that may be encoded already."""
         is_encoded = {isinstance(image, EncodedImage) for row in images for image in row}
         if True not in is_encoded:
             return self.preprocessor.for_generation(images, prompts, responses)
@@ -731,7 +731,7 @@ class PaliGemma2(keras.Model):
         return {"image_tokens": ops.stack(tokens), **texts}
 
     def encode(self, images, batch_size=16):
-        """Runs the vision tower once, for many prompts about the same pictures.
+        """Runs the vision tower once, for many prompts about the same images.
 
         Args:
             images: an image, see `generate`, or a list of images.
@@ -841,7 +841,7 @@ class PaliGemma2(keras.Model):
     # Tasks
 
     def caption(self, images, lang="en", style="coco", **options):
-        """Says what pictures show.
+        """Says what images show.
 
         Args:
             images: an image, see `generate`, or a list of images.
@@ -864,7 +864,7 @@ class PaliGemma2(keras.Model):
         return self.generate(images, prompt, **{**tasks.longest_answer(prompt), **options})
 
     def answer(self, images, questions, lang="en", **options):
-        """Answers questions about pictures in a few words.
+        """Answers questions about images in a few words.
 
         Args:
             images: an image, see `generate`, or a list of images.
@@ -886,7 +886,7 @@ class PaliGemma2(keras.Model):
         return self.generate(images, _each(tasks.answer_prompt, questions, lang), **options)
 
     def ask(self, images, answers, lang="en", **options):
-        """Asks questions about pictures whose answers are given: `answer` the other way round.
+        """Asks questions about images whose answers are given: `answer` the other way round.
 
         Args:
             images: an image, see `generate`, or a list of images.
@@ -903,7 +903,7 @@ class PaliGemma2(keras.Model):
         return self.generate(images, _each(tasks.question_prompt, answers, lang), **options)
 
     def ocr(self, images, **options):
-        """Reads the text in pictures, from left to right and top to bottom.
+        """Reads the text in images, from left to right and top to bottom.
 
         Args:
             images: an image, see `generate`, or a list of images.
@@ -915,7 +915,7 @@ class PaliGemma2(keras.Model):
         return self.generate(images, "ocr", **{**tasks.longest_answer("ocr"), **options})
 
     def detect(self, images, things, *, constrained=False, **options):
-        """Finds things in pictures, with boxes.
+        """Finds things in images, with boxes.
 
         Args:
             images: an image, see `generate`, or a list of images.
@@ -927,7 +927,7 @@ class PaliGemma2(keras.Model):
 
         Returns:
             Detections, or list of Detections: sequences of `Detection` with label, box in pixels
-            of the picture as it came, and score. An object that `max_new_tokens` cut off is left
+            of the image as it came, and score. An object that `max_new_tokens` cut off is left
             out, with a warning in the log.
 
         Raises:
@@ -940,7 +940,7 @@ class PaliGemma2(keras.Model):
         return self._detect("detect", images, things, constrained, options)
 
     def segment(self, images, things, *, constrained=False, **options):
-        """Finds things in pictures, with boxes and masks, which `get_codec()` makes.
+        """Finds things in images, with boxes and masks, which `get_codec()` makes.
 
         Args: those of `detect`.
 
@@ -983,7 +983,7 @@ class PaliGemma2(keras.Model):
 
         Args:
             images: an image, see `generate`, or a list of images.
-            boxes: 4 numbers, (x1, y1, x2, y2) in pixels of the picture; or a list of such, one
+            boxes: 4 numbers, (x1, y1, x2, y2) in pixels of the image; or a list of such, one
                 for each image, or all for one image.
             **options: options of `generate`.
 
@@ -991,7 +991,7 @@ class PaliGemma2(keras.Model):
             str, or list of str.
 
         Raises:
-            ValueError: if a box is empty or outside of its picture, or the numbers differ.
+            ValueError: if a box is empty or outside of its image, or the numbers differ.
 
         Example:
             >>> model.describe_region("cat.jpg", (31, 14, 402, 330))
@@ -1012,7 +1012,7 @@ class PaliGemma2(keras.Model):
     def score(self, images, prompts, candidates, batch_size=16):
         """How likely each of several answers is: for classification and ranking.
 
-        Each picture and its prompt are read once, whatever the number of candidates.
+        Each image and its prompt are read once, whatever the number of candidates.
 
         Args:
             images: an image, see `generate`, or a list of images.
@@ -1819,7 +1819,7 @@ def _official_codec():
 
 
 def _is_raw(data):
-    """Whether data is pictures and texts, which `predict` answers; Keras reads all else."""
+    """Whether data is images and texts, which `predict` answers; Keras reads all else."""
     return batches.is_readable(data) and not (isinstance(data, dict) and "token_ids" in data)
 
 

@@ -1,4 +1,4 @@
-"""Pictures, prompts and answers to the arrays that the model reads. NumPy and Pillow only."""
+"""Images, prompts and answers to the arrays that the model reads. NumPy and Pillow only."""
 
 import collections.abc
 import concurrent.futures
@@ -19,7 +19,7 @@ _DAMAGE = (
     *(OSError, SyntaxError, ValueError, RuntimeError, TypeError),
     *(LookupError, EOFError, OverflowError, struct.error),
 )
-# What turns a picture of each orientation upright. Pillow's own function also writes the other
+# What turns an image of each orientation upright. Pillow's own function also writes the other
 # tags anew, and fails if one of them is odd.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,9 +36,9 @@ _IMAGE_TYPES = "a path, a PIL image, or an array: uint8 in [0, 255] or float in 
 
 
 class Preprocessor:
-    """Pictures and texts to model inputs, as PaliGemma was trained.
+    """Images and texts to model inputs, as PaliGemma was trained.
 
-    A picture is squashed to a square, whatever its aspect ratio. A text becomes
+    An image is squashed to a square, whatever its aspect ratio. A text becomes
     `<bos> prefix "\\n" suffix <eos>`; the newline is a token of its own, added once even
     if the prompt already ends in one.
 
@@ -77,10 +77,10 @@ class Preprocessor:
             "interpolation": self.interpolation,
         }
 
-    # Pictures
+    # Images
 
     def load_image(self, image):
-        """One picture to levels in [-1, 1].
+        """One image to levels in [-1, 1].
 
         Args:
             image: a path; a PIL image of any mode (EXIF orientation is applied, alpha dropped,
@@ -92,7 +92,7 @@ class Preprocessor:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the picture cannot be read, has no pixels, or is an array of
+            ValueError: if the image cannot be read, has no pixels, or is an array of
                 another rank, dtype or range.
         """
         if self.interpolation == "bicubic":
@@ -109,7 +109,7 @@ class Preprocessor:
         return levels
 
     def load_images(self, examples):
-        """Pictures of several examples, read in parallel threads.
+        """Images of several examples, read in parallel threads.
 
         Args:
             examples: list of lists of images, M for each example.
@@ -126,7 +126,7 @@ class Preprocessor:
                 "`images` must be a list of lists, with the same number of images, at least one, "
                 f"for each example. Received: {sorted(counts)} images in {examples!r:.80}"
             )
-        # Each picture once: two threads cannot load one PIL image.
+        # Each image once: two threads cannot load one PIL image.
         # Threads of this call alone: a pool that stays would hang forked data loaders.
         distinct = {id(image): image for images in examples for image in images}
         with concurrent.futures.ThreadPoolExecutor(_num_cores()) as threads:
@@ -174,7 +174,7 @@ class Preprocessor:
         return {"images": self.load_images(images), **texts}
 
     def texts_for_generation(self, prompts, responses=None):
-        """What `for_generation` returns, without the pictures."""
+        """What `for_generation` returns, without the images."""
         pairs = zip(prompts, responses or [""] * len(prompts), strict=True)
         return align_right([self.tokenize(prompt, response) for prompt, response in pairs])
 
@@ -276,7 +276,7 @@ def batch_examples(images, prompts, responses=None):
     one_image = not isinstance(images, (list, tuple))
     one_prompt = isinstance(prompts, str)
     images = [images] if one_image else list(images)
-    images = [_pictures(item) for item in images]
+    images = [_images_of(item) for item in images]
     one_response = responses is None or isinstance(responses, str)
     for name, texts in (("prompts", prompts), ("responses", responses)):
         is_none = name == "responses" and texts is None
@@ -297,7 +297,7 @@ def batch_examples(images, prompts, responses=None):
     return images, prompts, responses, one_image and one_prompt and one_response
 
 
-def _pictures(item):
+def _images_of(item):
     """The images of an example, as a list."""
     if _is_array(item) and len(item.shape) == 4:
         return list(_to_numpy(item))
@@ -318,7 +318,7 @@ def _to_numpy(array):
 
 
 def image_size(image):
-    """Size of a picture as it is seen, without reading its pixels if the format allows it.
+    """Size of an image as it is seen, without reading its pixels if the format allows it.
 
     Args:
         image: see `Preprocessor.load_image`; or anything with `width` and `height`.
@@ -328,7 +328,7 @@ def image_size(image):
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture, or damaged.
+        ValueError: if it is no image, or damaged.
     """
     if isinstance(image, (str, os.PathLike)):
         with _opened(image) as opened:
@@ -391,13 +391,13 @@ def _triangles(length, count, num_channels):
 
 
 def image_pixels(image):
-    """One picture, see `Preprocessor.load_image`, to uint8 (H, W, 3)."""
+    """One image, see `Preprocessor.load_image`, to uint8 (H, W, 3)."""
     levels = image_levels(image)
     return levels if levels.dtype == "uint8" else np.round(levels).clip(0, 255).astype("uint8")
 
 
 def image_levels(image):
-    """One picture to uint8 or float32 (H, W, 3) in [0, 255]."""
+    """One image to uint8 or float32 (H, W, 3) in [0, 255]."""
     if isinstance(image, (str, os.PathLike)):
         with _opened(image) as opened:
             return _pil_levels(opened, repr(os.fspath(image)))
@@ -439,7 +439,7 @@ def _opened(path):
     if not os.path.isfile(path):
         name = "image file, but a folder" if os.path.isdir(path) else "such image file"
         is_address = str(path).startswith(("http://", "https://"))
-        hint = ". Addresses are not fetched: download the picture first" if is_address else ""
+        hint = ". Addresses are not fetched: download the image first" if is_address else ""
         raise FileNotFoundError(f"No {name}: {path!r}{hint}")
     try:
         return Image.open(path)

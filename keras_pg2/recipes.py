@@ -29,7 +29,7 @@ class Recipe:
     recipe says goes where the attribute below says.
 
     Attributes:
-        epochs: float or None, passes over the pictures; where a picture has several captions or
+        epochs: float or None, passes over the images; where an image has several captions or
             answers, each pass draws one of them.
         batch_size: int or None, examples in a step.
         learning_rate: float or None, at its peak. It is not scaled for another batch size.
@@ -175,7 +175,7 @@ def get(name, image_size=224):
 
     Args:
         name: str, one of `RECIPES`, such as "vqav2"; "default", which is close to the best on most
-            tasks; "forkme", big_vision's for few pictures; "lora" and "few_shot".
+            tasks; "forkme", big_vision's for few images; "lora" and "few_shot".
         image_size: int, in pixels. Where the task lacks it, its next smaller size is taken, or
             its smallest.
 
@@ -218,7 +218,7 @@ RECIPES = {
     #                   file            epochs batch   lr  tokens
     # Captions
     "cococap":     _task("cococap",         5, 256, 1e-5,  32, weight_decay=1e-6, num_beams=2),
-    # One epoch is the pictures in one of 35 languages, drawn for each.
+    # One epoch is the images in one of 35 languages, drawn for each.
     "coco35l":     _task("coco35l",        25, 256, 1e-5,  32, weight_decay=1e-6),
     "textcaps":    _task("textcaps",        5, 256, 1e-5,  32, weight_decay=1e-6, num_beams=3),
     "scicap":      _task("scicap",         80, 256, 3e-5,  96, dropout=0.1, label_smoothing=0.1),
@@ -271,7 +271,7 @@ RECIPES = {
     "msrvtt_qa":       _task("msrvtt_qa",       1, 128, 1e-5, 64, frozen=_VISION),
     "msvd_qa":         _task("msvd_qa",         1, 128, 3e-6, 64, weight_decay=3e-7),
     "vatex_cap":       _task("vatex_cap",      10, 128, 3e-6, 64, weight_decay=3e-7),
-    # A few pictures of your own
+    # A few images of your own
     "forkme":      _task("forkme",         15,  32, 1e-5, 128, weight_decay=3e-7),
 }
 # fmt: on

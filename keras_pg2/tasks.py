@@ -1,6 +1,6 @@
-"""What PaliGemma is asked in words of its training, and what its answers say about a picture.
+"""What PaliGemma is asked in words of its training, and what its answers say about an image.
 
-A box is `(x1, y1, x2, y2)` in pixels of the picture as it was before it was squashed, half-open:
+A box is `(x1, y1, x2, y2)` in pixels of the image as it was before it was squashed, half-open:
 it ends behind its last pixel, see `segmentation.py`. In texts the order is y1 x1 y2 x2.
 """
 
@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 CAPTION_STYLES = {"short": "cap", "coco": "caption", "detailed": "describe"}
 NUM_CODES = GRID_SIZE**2
 MAX_OBJECT_TOKENS = 256  # about 35 boxes, or 10 masks
-_MAX_LONG_TOKENS = 128  # of texts in pictures, and of detailed captions
+_MAX_LONG_TOKENS = 128  # of texts in images, and of detailed captions
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
 _OBJECT = re.compile(r"((?:<loc[0-9]{4}>\s*)+)((?:<seg[0-9]{3}>\s*)*)([^<;]*)")
@@ -61,7 +61,7 @@ def region_prompt(box, width, height):
         )
     if not (x1 < width and y1 < height and x2 > 0 and y2 > 0):
         raise ValueError(
-            f"A box must overlap its picture of {width} × {height} pixels. Received: {box}"
+            f"A box must overlap its image of {width} × {height} pixels. Received: {box}"
         )
     check_area((x1, y1, x2, y2), height, width)
     return f"caption {location_tokens((x1, y1, x2, y2), height, width)}"
@@ -118,7 +118,7 @@ def _checked_text(text, name):
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """One object in a picture.
+    """One object in an image.
 
     Attributes:
         label: str, what it is; "" if the model did not say.
@@ -146,11 +146,11 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True)
 class Detections(collections.abc.Sequence):
-    """The objects found in a picture: a sequence of `Detection`.
+    """The objects found in an image: a sequence of `Detection`.
 
     Attributes:
         items: tuple of Detection, in the order of the model.
-        width, height: int, of the picture in pixels.
+        width, height: int, of the image in pixels.
         text: str, the whole answer of the model.
 
     Example:
@@ -183,7 +183,7 @@ class Detections(collections.abc.Sequence):
         """Annotations as COCO's result files have them.
 
         Args:
-            image_id: int, COCO's number of the picture.
+            image_id: int, COCO's number of the image.
             category_ids: dict of label to COCO's number. Other labels are left out.
 
         Returns:
@@ -213,7 +213,7 @@ class Detections(collections.abc.Sequence):
 
         Args:
             names: list of str or None, all labels, whose places are the numbers of the classes.
-                None for those of this picture alone, in alphabetical order.
+                None for those of this image alone, in alphabetical order.
 
         Returns:
             supervision.Detections.
@@ -272,7 +272,7 @@ def parse_detections(text, width, height, codec=None):
 
     Args:
         text: str.
-        width, height: int, of the picture in pixels.
+        width, height: int, of the image in pixels.
         codec: SegmentationCodec or None. Without it there are no masks.
 
     Returns:

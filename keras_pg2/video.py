@@ -1,4 +1,4 @@
-"""Pictures of a video."""
+"""Images of a video."""
 
 import os
 
@@ -6,14 +6,14 @@ import numpy as np
 
 
 def frames_from_video(path, count=16):
-    """Pictures at equal distances in time, from the first to the last.
+    """Images at equal distances in time, from the first to the last.
 
     Args:
         path: path of a video file.
-        count: int, number of pictures.
+        count: int, number of images.
 
     Returns:
-        list of `count` PIL images; a picture of a shorter video comes several times.
+        list of `count` PIL images; an image of a shorter video comes several times.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -45,25 +45,25 @@ def frames_from_video(path, count=16):
         frames = {}
         for index, frame in enumerate(_decoded(av, path)):
             if index in wanted:
-                frames[index] = _picture(frame)
+                frames[index] = _upright(frame)
     except av.FFmpegError as error:
         raise ValueError(f"The file {path!r} is no video that can be read: {error}") from error
     if not frames:
-        raise ValueError(f"The video {path!r} has no pictures.")
+        raise ValueError(f"The video {path!r} has no images.")
     return [frames[index] for index in wanted]
 
 
 def _decoded(av, path):
     with av.open(path) as container:
         if not container.streams.video:
-            raise ValueError(f"The file {path!r} is no video that can be read: it has no pictures.")
+            raise ValueError(f"The file {path!r} is no video that can be read: it has no images.")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         yield from container.decode(stream)
 
 
-def _picture(frame):
+def _upright(frame):
     """PIL image, turned as it is to be shown."""
-    picture = frame.to_image()
+    image = frame.to_image()
     turns = round(frame.rotation / 90) % 4
-    return picture.rotate(90 * turns, expand=True) if turns else picture
+    return image.rotate(90 * turns, expand=True) if turns else image

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny model of fixed random weights, its tokenizer, and pictures."""
+"""Fixtures: a tiny model of fixed random weights, its tokenizer, and images."""
 
 import gc
 import os

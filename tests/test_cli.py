@@ -22,30 +22,31 @@ def shared_models():
 
 
 @pytest.fixture
-def picture(tmp_path, image):
-    path = tmp_path / "picture.png"
+def image_path(tmp_path, image):
+    path = tmp_path / "image.png"
     Image.fromarray(image).save(path)
     return str(path)
 
 
-def test_generate(data, picture, capsys):
+def test_generate(data, image_path, capsys):
     preset = str(data / "hf_tiny_paligemma2")
-    assert cli.main(["generate", picture, "ocr", "--preset", preset, "--max-new-tokens", "4"]) == 0
+    command = ["generate", image_path, "ocr", "--preset", preset, "--max-new-tokens"]
+    assert cli.main([*command, "4"]) == 0
     first = capsys.readouterr().out
     assert first.strip()
-    cli.main(["generate", picture, "ocr", "--preset", preset, "--max-new-tokens", "2"])
+    cli.main([*command, "2"])
     assert first.startswith(capsys.readouterr().out.rstrip("\n"))
 
 
 @pytest.fixture
 def folder(tmp_path, image):
-    """Three pictures, the second of which is damaged, and another file."""
-    folder = tmp_path / "pictures"
+    """Three images, the second of which is damaged, and another file."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for name in "abc":
         Image.fromarray(image).save(folder / f"{name}.png")
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:2000])
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -55,17 +56,17 @@ def run(capsys, data, *command, code=0):
     return capsys.readouterr()
 
 
-def test_tasks_ask_in_the_words_of_the_training(data, picture, capsys):
+def test_tasks_ask_in_the_words_of_the_training(data, image_path, capsys):
     for command, prompt in [
-        (("caption", picture, "--lang", "de", "--style", "short"), "cap de"),
-        (("answer", picture, "what?", "--lang", "fr"), "answer fr what?"),
-        (("ocr", picture), "ocr"),
+        (("caption", image_path, "--lang", "de", "--style", "short"), "cap de"),
+        (("answer", image_path, "what?", "--lang", "fr"), "answer fr what?"),
+        (("ocr", image_path), "ocr"),
     ]:
-        expected = run(capsys, data, "generate", picture, prompt).out
+        expected = run(capsys, data, "generate", image_path, prompt).out
         assert run(capsys, data, *command).out == expected
         assert run(capsys, data, *command, "--stream").out == expected
         line = json.loads(run(capsys, data, *command, "--json").out)
-        assert line == {"image": picture, "text": expected.removesuffix("\n")}
+        assert line == {"image": image_path, "text": expected.removesuffix("\n")}
 
 
 @pytest.mark.parametrize("pattern", ["", "*.png"])
@@ -76,8 +77,8 @@ def test_folders_and_patterns(data, folder, capsys, pattern):
     assert [line["image"] for line in lines] == [str(folder / "a.png"), str(folder / "c.png")]
     assert lines[0]["text"] == lines[1]["text"]
     assert "b.png" in captured.err
-    assert "1 of 3 pictures could not be read" in captured.err
-    (folder / "folder.png").mkdir()  # is no picture
+    assert "1 of 3 images could not be read" in captured.err
+    (folder / "folder.png").mkdir()  # is no image
     text = run(capsys, data, "ocr", name, code=1).out
     assert text.startswith(f"{folder / 'a.png'}\t")
 
@@ -104,17 +105,17 @@ def test_detect(data, folder, capsys, tmp_path):
     assert Image.open(out).size == (480, 400)
 
 
-def test_bad_pictures_and_patterns(data, folder, capsys, tmp_path):
+def test_bad_images_and_patterns(data, folder, capsys, tmp_path):
     for image, message in [
         (folder / "b.png", "b.png"),
         (tmp_path / "*.jpg", "No file is like"),
-        (tmp_path / "pictures" / "none.png", "No such image file"),
+        (tmp_path / "images" / "none.png", "No such image file"),
     ]:
         captured = run(capsys, data, "ocr", str(image), code=1)
         assert message in captured.err
         assert captured.out == ""
     (tmp_path / "empty").mkdir()
-    assert "has no pictures" in run(capsys, data, "ocr", str(tmp_path / "empty"), code=1).err
+    assert "has no images" in run(capsys, data, "ocr", str(tmp_path / "empty"), code=1).err
     assert "--stream" in run(capsys, data, "ocr", str(folder), "--stream", code=1).err
     same = tmp_path / "same"
     same.mkdir()
@@ -124,14 +125,14 @@ def test_bad_pictures_and_patterns(data, folder, capsys, tmp_path):
     assert "different names" in captured.err
 
 
-def test_errors_are_one_line(data, picture, capsys):
+def test_errors_are_one_line(data, image_path, capsys):
     assert (
         cli.main(["generate", "nowhere.jpg", "ocr", "--preset", str(data / "hf_tiny_paligemma2")])
         == 1
     )
     captured = capsys.readouterr()
     assert captured.err == "keras-pg2: No such image file: 'nowhere.jpg'\n"
-    assert cli.main(["generate", picture, "ocr", "--preset", "nowhere"]) == 1
+    assert cli.main(["generate", image_path, "ocr", "--preset", "nowhere"]) == 1
     assert "`preset` must be" in capsys.readouterr().err
     assert cli.main(["ocr", "https://example.com/cat.jpg?size=1"]) == 1
     assert "download 'https://example.com/cat.jpg?size=1' first" in capsys.readouterr().err
@@ -144,11 +145,11 @@ def test_usage(capsys):
     assert "usage: keras-pg2" in capsys.readouterr().err
 
 
-def test_generate_from_npz(data, picture, capsys):
+def test_generate_from_npz(data, image_path, capsys):
     options = ["--preset", str(data / "bv_tiny_paligemma2.npz"), "--max-new-tokens", "2"]
-    assert cli.main(["generate", picture, "ocr", *options]) == 1
+    assert cli.main(["generate", image_path, "ocr", *options]) == 1
     tokenizer = str(data / "tok" / "base.model")
-    assert cli.main(["generate", picture, "ocr", *options, "--tokenizer", tokenizer]) == 0
+    assert cli.main(["generate", image_path, "ocr", *options, "--tokenizer", tokenizer]) == 0
     assert capsys.readouterr().out.strip()
 
 
@@ -234,21 +235,21 @@ def test_interrupted_conversion_leaves_nothing(data, tmp_path, monkeypatch):
         (["detect", __file__, "cat", "--draw", "a.png"], "--draw needs a folder"),
     ],
 )
-def test_arguments_are_checked_before_a_model_is_loaded(picture, capsys, command, message):
+def test_arguments_are_checked_before_a_model_is_loaded(image_path, capsys, command, message):
     name, *rest = command
-    assert cli.main([name, picture, *rest, "--preset", "no such preset"]) == 1
+    assert cli.main([name, image_path, *rest, "--preset", "no such preset"]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_npz_without_a_tokenizer(data, picture, tmp_path, capsys):
+def test_npz_without_a_tokenizer(data, image_path, tmp_path, capsys):
     path = str(tmp_path / "model.npz")
     cli.main(["convert", str(data / "hf_tiny_paligemma2"), path, "--to", "big-vision"])
-    assert cli.main(["ocr", picture, "--preset", path]) == 1
+    assert cli.main(["ocr", image_path, "--preset", path]) == 1
     assert "pass the path of paligemma_tokenizer.model as --tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtype_and_quantization(data, picture, monkeypatch, dtype):
+def test_dtype_and_quantization(data, image_path, monkeypatch, dtype):
     loaded = []
     load = PaliGemma2.from_preset
 
@@ -257,7 +258,7 @@ def test_dtype_and_quantization(data, picture, monkeypatch, dtype):
         return loaded[-1]
 
     monkeypatch.setattr(PaliGemma2, "from_preset", record)
-    command = ["ocr", picture, "--preset", str(data / "hf_tiny_paligemma2"), "--dtype", dtype]
+    command = ["ocr", image_path, "--preset", str(data / "hf_tiny_paligemma2"), "--dtype", dtype]
     assert cli.main([*command, "--quantize", "int8", "--max-new-tokens", "1"]) == 0
     assert loaded[-1].compute_dtype == dtype
     assert loaded[-1].text.embedding.quantized.mode == "int8"
@@ -270,15 +271,15 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"keras-pg2 {keras_pg2.__version__}\n"
 
 
-def test_interruption(picture, monkeypatch):
+def test_interruption(image_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PaliGemma2, "from_preset", interrupt)
-    assert cli.main(["ocr", picture]) == 130
+    assert cli.main(["ocr", image_path]) == 130
 
 
-def test_nobody_reads_on(picture, monkeypatch):
+def test_nobody_reads_on(image_path, monkeypatch):
     """As with `| head`."""
 
     def write(*args, **kwargs):
@@ -287,10 +288,10 @@ def test_nobody_reads_on(picture, monkeypatch):
     monkeypatch.setattr(PaliGemma2, "from_preset", write)
     with open(os.devnull, "w") as out:
         monkeypatch.setattr("sys.stdout", out)
-        assert cli.main(["ocr", picture]) == 141
+        assert cli.main(["ocr", image_path]) == 141
 
 
-def test_long_answers(data, picture, monkeypatch):
+def test_long_answers(data, image_path, monkeypatch):
     """The command line gives a task as many tokens as the method of its name."""
     found = []
     monkeypatch.setattr(
@@ -298,12 +299,12 @@ def test_long_answers(data, picture, monkeypatch):
     )
     preset = str(data / "hf_tiny_paligemma2")
     model = PaliGemma2.from_preset(preset)
-    model.ocr(picture)
-    model.caption(picture, style="detailed")
-    cli.main(["ocr", picture, "--preset", preset])
-    cli.main(["caption", picture, "--style", "detailed", "--preset", preset])
+    model.ocr(image_path)
+    model.caption(image_path, style="detailed")
+    cli.main(["ocr", image_path, "--preset", preset])
+    cli.main(["caption", image_path, "--style", "detailed", "--preset", preset])
     assert [options["max_new_tokens"] for options in found] == [128] * 4
-    cli.main(["caption", picture, "--preset", preset])
+    cli.main(["caption", image_path, "--preset", preset])
     assert "max_new_tokens" not in found[-1]
 
 

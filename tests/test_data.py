@@ -34,7 +34,7 @@ def _save(path, content):
 
 
 def _row(number, **changes):
-    row = {"image": f"{number % 2}.png", "prefix": "caption en", "suffix": f"picture {number}"}
+    row = {"image": f"{number % 2}.png", "prefix": "caption en", "suffix": f"image {number}"}
     return json.dumps({**row, **changes})
 
 
@@ -44,7 +44,7 @@ def _suffixes(examples):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures 0.png and 1.png of 9 × 7, and big.png of 120 × 90."""
+    """Images 0.png and 1.png of 9 × 7, and big.png of 120 × 90."""
     for name, (height, width) in {"0": (9, 7), "1": (9, 7), "big": (120, 90)}.items():
         Image.fromarray(np.full((height, width, 3), 9, "uint8")).save(tmp_path / f"{name}.png")
     return tmp_path
@@ -64,11 +64,11 @@ def test_rows_become_examples(rows, folder):
     assert examples[3] == {
         "image": str(folder / "1.png"),
         "prefix": "caption en",
-        "suffix": "picture 3",
+        "suffix": "image 3",
     }
-    assert examples[-1]["suffix"] == "picture 6"
-    assert examples[np.int64(2)]["suffix"] == "picture 2"
-    assert _suffixes(examples) == [f"picture {number}" for number in range(7)]
+    assert examples[-1]["suffix"] == "image 6"
+    assert examples[np.int64(2)]["suffix"] == "image 2"
+    assert _suffixes(examples) == [f"image {number}" for number in range(7)]
     with pytest.raises(IndexError):
         examples[7]
 
@@ -79,7 +79,7 @@ def test_image_folder_and_prefix(folder):
     path = path.rename(folder / "texts" / "rows.jsonl")
     (example,) = data.jsonl(path, folder, prefix="ocr")
     assert example == {"image": str(folder / "0.png"), "prefix": "ocr", "suffix": "a"}
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: There is no picture '.*texts.0\.png'"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: There is no image '.*texts.0\.png'"):
         data.jsonl(path, prefix="ocr")
     assert data.jsonl(path, prefix="ocr", check_images=False)[0]["suffix"] == "a"
 
@@ -94,7 +94,7 @@ def test_what_text_editors_do(folder):
     text = "\n\r\n".join([_row(0, suffix="é <seg000> \u2028 漢"), "", _row(1)])
     (folder / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     examples = data.jsonl(folder / "rows.jsonl")
-    assert _suffixes(examples) == ["é <seg000> \u2028 漢", "picture 1"]
+    assert _suffixes(examples) == ["é <seg000> \u2028 漢", "image 1"]
 
 
 BAD_ROWS = [
@@ -106,8 +106,8 @@ BAD_ROWS = [
     (_row(0, prefix=None), "`prefix` must be a string. Received: None"),
     (_row(0, image=7), "`image` must be a string or a list"),
     (_row(0, image=[]), "`image` must be a name or a list of them"),
-    (_row(0, image="no.png"), "There is no picture"),
-    (_row(0, image=["0.png", "no.png"]), "There is no picture"),
+    (_row(0, image="no.png"), "There is no image"),
+    (_row(0, image=["0.png", "no.png"]), "There is no image"),
 ]
 
 
@@ -117,7 +117,7 @@ def test_bad_rows(folder, caplog, line, message):
     with pytest.raises(ValueError, match=rf'rows\.jsonl:3: .*{message}.*on_error="skip"'):
         data.jsonl(path)
     with caplog.at_level(logging.WARNING):
-        assert _suffixes(data.jsonl(path, on_error="skip")) == ["picture 0", "picture 1"]
+        assert _suffixes(data.jsonl(path, on_error="skip")) == ["image 0", "image 1"]
     assert re.search(rf"(?s)Left out 1 bad rows of .*rows\.jsonl:3: .*{message}", caplog.text)
 
 
@@ -131,9 +131,9 @@ def test_a_warning_is_short(folder, caplog):
 def test_changes_after_the_check(rows, folder):
     examples = data.jsonl(rows)
     (folder / "1.png").unlink()
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: There is no picture .*changed"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: There is no image .*changed"):
         examples[1]
-    assert examples[0]["suffix"] == "picture 0"
+    assert examples[0]["suffix"] == "image 0"
     rows.write_text(rows.read_text().replace('"prefix"', '"Prefix"'))
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: The field `prefix` is missing"):
         examples[0]
@@ -166,9 +166,9 @@ def test_shards_cover_all_without_overlap(rows):
     shards = [_suffixes(data.jsonl(rows, shard=(index, 3))) for index in range(3)]
     assert [len(shard) for shard in shards] == [3, 2, 2]
     assert sorted([*shards[0], *shards[1], *shards[2]]) == [
-        f"picture {number}" for number in range(7)
+        f"image {number}" for number in range(7)
     ]
-    assert shards[1] == ["picture 1", "picture 4"]
+    assert shards[1] == ["image 1", "image 4"]
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,9 @@ def test_bad_options(rows, options, message):
 
 def test_slices_and_take(rows):
     examples = data.jsonl(rows)
-    assert _suffixes(examples[1:6:2]) == ["picture 1", "picture 3", "picture 5"]
-    assert _suffixes(examples[::-1][:2]) == ["picture 6", "picture 5"]
-    assert _suffixes(examples.take(2)) == ["picture 0", "picture 1"]
+    assert _suffixes(examples[1:6:2]) == ["image 1", "image 3", "image 5"]
+    assert _suffixes(examples[::-1][:2]) == ["image 6", "image 5"]
+    assert _suffixes(examples.take(2)) == ["image 0", "image 1"]
     assert len(examples.take(99)) == 7
     assert len(examples.take(0)) == 0
 
@@ -219,17 +219,17 @@ def test_split(rows):
 
 def test_write_and_read(folder, image):
     path = folder / "new" / "train.jsonl"
-    picture = Image.fromarray(image[:9])
+    part = Image.fromarray(image[:9])
     examples = [
         {"image": image, "prefix": "caption en", "suffix": "é\n\u2028"},
-        {"image": [image / 255, picture], "prefix": "", "suffix": ""},
+        {"image": [image / 255, part], "prefix": "", "suffix": ""},
         {"image": folder / "0.png", "prefix": "p", "suffix": "s"},
     ]
     data.write_jsonl(path, (example for example in examples))
     first, second, third = data.jsonl(path)
     assert (first["prefix"], first["suffix"]) == ("caption en", "é\n\u2028")
     np.testing.assert_array_equal(np.asarray(Image.open(first["image"])), image)
-    assert second["image"][0] == first["image"]  # equal pictures are saved once
+    assert second["image"][0] == first["image"]  # equal images are saved once
     np.testing.assert_array_equal(np.asarray(Image.open(second["image"][1])), image[:9])
     assert len(list((folder / "new" / "train_images").iterdir())) == 2
     assert json.loads(path.read_text().split("\n")[2])["image"] == "../0.png"
@@ -267,7 +267,7 @@ def test_a_file_is_whole_or_as_before(folder, image):
     with pytest.raises(FileExistsError, match="overwrite=True"):
         data.write_jsonl(path, [good])
     for bad, message in [
-        ({**good, "image": "no.png"}, r"examples\[1\]: There is no picture 'no\.png'"),
+        ({**good, "image": "no.png"}, r"examples\[1\]: There is no image 'no\.png'"),
         ({**good, "image": []}, r"examples\[1\]: `image` must not be empty"),
         ({**good, "image": 3}, r"examples\[1\]: .*Received: 3"),
         ({**good, "suffix": None}, r"examples\[1\]: `suffix` must be a string"),
@@ -322,7 +322,7 @@ CATS = [
 WHOLE_DOG = "<loc0000><loc0000><loc1023><loc1023> dog"
 
 
-def test_detection_of_the_categories_in_a_picture(coco, folder):
+def test_detection_of_the_categories_in_an_image(coco, folder):
     first, second = data.coco_detection(coco)
     assert first == {"image": str(folder / "0.png"), "prefix": "detect dog", "suffix": WHOLE_DOG}
     assert second["image"] == str(folder / "big.png")
@@ -379,8 +379,8 @@ def test_crowds(folder):
         (_annotation(7, bbox=(1, 2, 3, float("nan"))), "annotation 7: `bbox` must be 4 numbers"),
         (_annotation(7, bbox=(1, 2, 3, 10**400)), "annotation 7: `bbox` must be 4 numbers"),
         (_annotation(7, bbox=(1, 2, -1, 4)), "annotation 7: `bbox` must have a width"),
-        (_annotation(7, bbox=(8, 2, 3, 4)), "inside of its picture of 7 × 9. Received"),
-        (_annotation(7, image_id=3), r"image 3: There is no picture '.*missing\.png'"),
+        (_annotation(7, bbox=(8, 2, 3, 4)), "inside of its image of 7 × 9. Received"),
+        (_annotation(7, image_id=3), r"image 3: There is no image '.*missing\.png'"),
         ("what", "annotation number 2: There must be a JSON object. Received: 'what'"),
         ({"id": 7}, "annotation 7: The field `image_id` is missing"),
     ],
@@ -504,7 +504,7 @@ def test_polygons(folder):
     expected = np.zeros((9, 7), bool)
     expected[2:6, 1:5] = True
     np.testing.assert_array_equal(mask, expected)
-    (mask,) = _masks(folder, [square, [5.6, 7, 9, 7, 9, 20, 5.6, 20]])  # leaves the picture
+    (mask,) = _masks(folder, [square, [5.6, 7, 9, 7, 9, 20, 5.6, 20]])  # leaves the image
     expected[7:, 6] = True
     np.testing.assert_array_equal(mask, expected)
     (mask,) = _masks(folder, [[0, 0, 7, 0, 0, 9]])
@@ -571,7 +571,7 @@ def test_segmentation_texts(folder):
         ([[1, 2, 3, 4, 5, 6, 7]], "A polygon must be a list of numbers"),
         ([[1, 2, 3, 4, 5, None]], "A polygon must be"),
         ([[8, 2, 9, 2, 9, 4]], "`segmentation` must overlap `bbox`"),
-        ({"size": [7, 9], "counts": [0, 63]}, r"`size` .* be the picture's, \[9, 7\].*\[7, 9\]"),
+        ({"size": [7, 9], "counts": [0, 63]}, r"`size` .* be the image's, \[9, 7\].*\[7, 9\]"),
         ({"size": [9, 7], "counts": [0, 62]}, "must add up to its 63 pixels"),
         ({"size": [9, 7], "counts": [63]}, "some must be inside"),
         ({"size": [9, 7], "counts": [64, -1]}, "must add up"),
@@ -644,7 +644,7 @@ def test_questions_and_answers_in_one_file(folder, wrap):
     assert [example["image"] for example in examples[1:]] == [str(folder / "1.png")] * 2
 
 
-def test_names_of_pictures(folder):
+def test_names_of_images(folder):
     rows = [{"image_id": "big", "question": "a?", "answer": "b"}]
     path = _save(folder / "vqa.json", rows)
     (example,) = data.vqa(path, image_name="{image_id}.png")
@@ -671,7 +671,7 @@ def test_names_of_pictures(folder):
         ({"question": "q", "image": "0.png"}, "question number 2: .*`answers` is missing"),
         ({"question": "q", "image": "0.png", "answers": []}, "Answers must be strings or numbers"),
         ({"question": "q", "image": "0.png", "answers": [[3]]}, r"Received: \[\[3\]\]"),
-        ({"question": "q", "image": "no.png", "answer": "a"}, "There is no picture"),
+        ({"question": "q", "image": "no.png", "answer": "a"}, "There is no image"),
         (["q"], "question number 2: There must be a JSON object"),
         (
             {"question": "q", "image": "0.png", "answer": 10**400},

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 # A page on this machine needs none of what a browser asks of the network.
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-_PICTURES = "img[src*='/file=']"  # and not the icons of the page
+_IMAGES = "img[src*='/file=']"  # and not the icons of the page
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def run(page, expected):
     return box
 
 
-def wait_for_picture(page):
-    page.locator(_PICTURES).first.wait_for()
+def wait_for_image(page):
+    page.locator(_IMAGES).first.wait_for()
 
 
 def test_tasks(page, model, tmp_path):
     page.get_by_label("shapes", exact=True).check()
-    wait_for_picture(page)
+    wait_for_image(page)
     run(page, model.caption(SAMPLES["shapes"]))
     page.get_by_label("answer", exact=True).check()
     page.get_by_label("Question").fill("how many objects are there?")
@@ -80,7 +80,7 @@ def test_tasks(page, model, tmp_path):
     found = model.segment(SAMPLES["shapes"], "heart")
     run(page, found.text)
     page.get_by_text(f"{found[0].score:.0%}").first.wait_for(state="attached")  # in the table
-    assert page.locator(_PICTURES).count() == 2  # the picture, and what was found
+    assert page.locator(_IMAGES).count() == 2  # the image, and what was found
     page.screenshot(path=tmp_path / "page.png")
 
 
@@ -88,25 +88,25 @@ def test_upload(page, model, tmp_path):
     path = tmp_path / "mine.png"
     Image.open(SAMPLES["star"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     page.locator("input[accept='image/*']").set_input_files(path)
-    wait_for_picture(page)
+    wait_for_image(page)
     page.get_by_label("detect", exact=True).check()
     page.get_by_label("What to find").fill("star")
     run(page, model.detect(str(path), "star").text)
-    assert page.locator(_PICTURES).count() == 2
+    assert page.locator(_IMAGES).count() == 2
 
 
 def test_sixteen_bits(page, model, tmp_path):
     levels = np.asarray(Image.open(SAMPLES["mixed"]).convert("L")).astype("uint16") * 257
     Image.fromarray(levels).save(tmp_path / "deep.png")
     page.locator("input[accept='image/*']").set_input_files(tmp_path / "deep.png")
-    wait_for_picture(page)
+    wait_for_image(page)
     run(page, model.caption(tmp_path / "deep.png"))
-    assert page.locator(_PICTURES).count() == 1  # it is not sent back with each piece
+    assert page.locator(_IMAGES).count() == 1  # it is not sent back with each piece
 
 
 def test_another_language(page, model):
     page.get_by_label("star", exact=True).check()
-    wait_for_picture(page)
+    wait_for_image(page)
     page.get_by_label("Language").fill("vi")
     page.get_by_label("Language").press("Enter")
     expected = model.caption(SAMPLES["star"], lang="vi")
@@ -123,7 +123,7 @@ def test_stop(page, model, monkeypatch):
 
     monkeypatch.setattr(model, "stream", never_ending)
     page.get_by_label("star", exact=True).check()
-    wait_for_picture(page)
+    wait_for_image(page)
     run(page, "once")
     page.get_by_role("button", name="Stop").click()
     monkeypatch.undo()
@@ -145,7 +145,7 @@ def test_what_was_stopped_delays_the_next(page, model, monkeypatch):
 
     monkeypatch.setattr(model, "detect", slow)
     page.get_by_label("star", exact=True).check()
-    wait_for_picture(page)
+    wait_for_image(page)
     page.get_by_label("detect", exact=True).check()
     page.get_by_role("button", name="Run").click()
     while not most:
@@ -166,7 +166,7 @@ def test_errors_are_shown(page):
     page.get_by_role("button", name="Run").click()
     page.get_by_text("choose a sample").wait_for()
     page.get_by_label("shapes", exact=True).check()
-    wait_for_picture(page)
+    wait_for_image(page)
     page.get_by_label("detect", exact=True).check()
     page.get_by_label("What to find").fill(" ")
     page.get_by_role("button", name="Run").click()
@@ -174,8 +174,8 @@ def test_errors_are_shown(page):
     assert page.get_by_label("Answer", exact=True).input_value() == ""
 
 
-def send_picture(server, path):
-    """The server's answer to a client that says where its picture lies."""
+def send_image(server, path):
+    """The server's answer to a client that says where its image lies."""
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     call = f"{server.local_url}gradio_api/call/run"
     body = json.dumps({"data": [file, "caption", "", "en"]}).encode()
@@ -195,7 +195,7 @@ def status_of(url):
 def test_paths_of_a_client_are_not_opened(server, tmp_path):
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
-    assert "event: error" in send_picture(server, str(secret))
+    assert "event: error" in send_image(server, str(secret))
     assert status_of(f"{server.local_url}gradio_api/file={secret}") in (403, 404)
 
 
@@ -203,7 +203,7 @@ def test_addresses_of_a_client_are_not_fetched(server, monkeypatch):
     fetched = []
     monkeypatch.setattr(safehttpx, "get", lambda url, **_: fetched.append(url))
     address = "https://example.com/cat.png"
-    assert "addresses are not fetched" in send_picture(server, address)
+    assert "addresses are not fetched" in send_image(server, address)
     assert status_of(f"{server.local_url}gradio_api/file={address}") == 403
     assert not fetched
 

@@ -47,7 +47,7 @@ def test_edges():
     expected[2:5, 2:6] = False
     np.testing.assert_array_equal(_edge(mask, 1), expected)
     np.testing.assert_array_equal(_edge(mask, 4), mask)
-    full = np.ones((4, 4), bool)  # the picture's own border is an edge too
+    full = np.ones((4, 4), bool)  # the image's own border is an edge too
     assert _edge(full, 1).sum() == 12
 
 
@@ -69,7 +69,7 @@ def test_colors_belong_to_labels():
     assert colors[0] == _color(Detection("cat", (5, 5, 9, 9), 0.3))
 
 
-def test_small_pictures_are_enlarged():
+def test_small_images_are_enlarged():
     drawn = draw(np.zeros((112, 112, 3), "uint8"), Detections((), 112, 112))
     assert drawn.size == (448, 448)
     assert drawn.mode == "RGB"
@@ -79,21 +79,21 @@ def test_boxes_at_the_border():
     items = (
         Detection("everything", (0.0, 0.0, 640.0, 480.0), 1.0),
         Detection("a corner", (630.0, 470.0, 640.0, 480.0)),
-        Detection("a very long name that is wider than the picture itself " * 2, (0, 0, 1, 1)),
+        Detection("a very long name that is wider than the image itself " * 2, (0, 0, 1, 1)),
     )
     drawn = np.asarray(draw(Image.new("L", (640, 480), 128), Detections(items, 640, 480)))
     assert (drawn[300, 0] == 0).all()
     assert (drawn[479, 300] == 0).all()
 
 
-def test_another_picture():
+def test_another_image():
     with pytest.raises(ValueError, match="640 × 480"):
         draw(np.zeros((10, 10, 3), "uint8"), scene())
-    with pytest.raises(TypeError, match=r"the Detections of one picture.* Received: list"):
+    with pytest.raises(TypeError, match=r"the Detections of one image.* Received: list"):
         draw(Image.new("L", (640, 480)), [scene()])
 
 
-def test_a_picture_looks_as_it_did(data):
+def test_an_image_looks_as_it_did(data):
     """The golden was looked at. Letters may differ a little between versions of Pillow."""
     expected = np.asarray(Image.open(data / "drawn.png"), "float32")
     y, x = np.mgrid[:480, :640]

@@ -191,10 +191,10 @@ def test_the_first_piece_needs_no_decoding(model, image, monkeypatch):
     )
 
 
-def test_stream_encodes_one_picture_once(model, image, monkeypatch):
+def test_stream_encodes_one_image_once(model, image, monkeypatch):
     expected = model.generate(image, PROMPTS[:2], max_new_tokens=6)
     encoded, encode = [], model.encode
-    monkeypatch.setattr(model, "encode", lambda picture: encoded.append(picture) or encode(picture))
+    monkeypatch.setattr(model, "encode", lambda one: encoded.append(one) or encode(one))
     pieces = list(model.stream(image, PROMPTS[:2], max_new_tokens=6))
     assert ["".join(column) for column in zip(*pieces)] == expected
     assert len(encoded) == 1

@@ -32,7 +32,7 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_graphs(data, image, recorded, sampler, dtype, quantize):
-    """The same answers as without them, with other pictures in the same shapes, too."""
+    """The same answers as without them, with other images in the same shapes, too."""
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype, quantize=quantize)
     options = {"sampler": sampler, "max_new_tokens": 12, "seed": 1, "details": True}
     prompts = ["caption en", "detect a red ball", "x"]

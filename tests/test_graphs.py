@@ -87,7 +87,7 @@ def tiny(data, graphs):
     return PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
 
 
-def pictures(model, seed, count=2):
+def random_images(model, seed, count=2):
     size = (count, model.preprocessor.image_size, model.preprocessor.image_size, 3)
     return list(np.random.default_rng(seed).integers(0, 256, size, "uint8"))
 
@@ -103,9 +103,9 @@ def assert_equal(answers, expected):
 def test_answers_are_the_same(data, graphs, sampler, quantize):
     dtype = "bfloat16" if quantize else "float32"
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype, quantize=quantize)
-    # Other pictures, texts and seeds, in the same shapes.
+    # Other images, texts and seeds, in the same shapes.
     calls = [
-        (pictures(model, seed), [f"ask {seed}", "detect a red ball"], {"seed": seed})
+        (random_images(model, seed), [f"ask {seed}", "detect a red ball"], {"seed": seed})
         for seed in range(4)
     ]
     options = {"sampler": sampler, "max_new_tokens": 12, "details": True}
@@ -119,7 +119,7 @@ def test_answers_are_the_same(data, graphs, sampler, quantize):
 
 def test_other_programs(tiny, graphs):
     def results(seed):
-        first, second = pictures(tiny, seed)
+        first, second = random_images(tiny, seed)
         encoded = tiny.encode([first, second])
         scores = tiny.score(first, "ocr", ["a b", "c"])
         pieces = "".join(tiny.stream(second, "caption en", max_new_tokens=9))
@@ -143,7 +143,7 @@ def test_other_programs(tiny, graphs):
 
 def test_two_streams_at_once(tiny, graphs):
     """Each keeps its own state, though both are recorded."""
-    images = pictures(tiny, 0)
+    images = random_images(tiny, 0)
     options = {"max_new_tokens": 10}
     expected = ["".join(tiny.stream(image, "ocr", **options)) for image in images]
     streams = [tiny.stream(image, "ocr", **options) for image in images]
@@ -161,7 +161,7 @@ def test_what_was_given_back_is_not_read(tiny, graphs, monkeypatch):
             tensor.zero_()
 
     options = {"max_new_tokens": 8, "details": True}
-    images = pictures(tiny, 0)
+    images = random_images(tiny, 0)
     expected = tiny.generate(images, ["ocr", "caption en"], **options)
     monkeypatch.setattr(_backend._Graphs, "keep", keep_and_overwrite)
     for _ in range(3):
@@ -226,7 +226,7 @@ def test_memory_that_graphs_keep(tiny, image, graphs, monkeypatch):
     assert len(kept) == 2
     properties.total_memory = 16 * 3 * max(x.num_bytes for x in kept.values())
     for _ in range(2):
-        tiny.generate(pictures(tiny, 0, 1), "ocr", **options | {"max_new_tokens": 200})
+        tiny.generate(random_images(tiny, 0, 1), "ocr", **options | {"max_new_tokens": 200})
     assert len(tiny.programs.graphs._recordings) < 4
     tiny.programs.graphs.clear()
     assert not tiny.programs.graphs._recordings

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from keras_pg2.preprocessing import Preprocessor, batch_examples, image_size
 
-PICTURES = ("gradient_500x333", "gray_123x457", "noise_200x150", "rgba_300x200")
-PICTURES += ("tall_97x1024", "wide_640x120")
+FILES = ("gradient_500x333", "gray_123x457", "noise_200x150", "rgba_300x200")
+FILES += ("tall_97x1024", "wide_640x120")
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +24,31 @@ def _levels(image):
     return (image + 1) * 127.5
 
 
-# Pictures against the goldens
+# Images against the goldens
 
 
-@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("size", [56, 224])
-def test_bilinear_equals_big_vision(data, tokenizer, picture, size):
+def test_bilinear_equals_big_vision(data, tokenizer, file, size):
     goldens = np.load(data / "preprocess" / "expected.npz")
-    name = f"{picture}/{size}/bv_antialias"
+    name = f"{file}/{size}/bv_antialias"
     if name not in goldens:
         pytest.skip("this size is not among the copied goldens")
-    image = Preprocessor(tokenizer, size).load_image(data / "preprocess" / f"{picture}.png")
+    image = Preprocessor(tokenizer, size).load_image(data / "preprocess" / f"{file}.png")
     difference = np.abs(_levels(image) - goldens[name])
     assert difference.max() < 1.001  # levels of 255
     assert (difference > 0.5).mean() < 0.005
 
 
-@pytest.mark.parametrize("picture", [p for p in PICTURES if not p.startswith("rgba")])
-def test_bicubic_equals_transformers(data, tokenizer, picture):
-    golden = np.load(data / "preprocess" / "expected.npz")[f"{picture}/56/hf_pil_convertrgb_True"]
+@pytest.mark.parametrize("file", [p for p in FILES if not p.startswith("rgba")])
+def test_bicubic_equals_transformers(data, tokenizer, file):
+    golden = np.load(data / "preprocess" / "expected.npz")[f"{file}/56/hf_pil_convertrgb_True"]
     preprocessor = Preprocessor(tokenizer, 56, interpolation="bicubic")
-    image = preprocessor.load_image(data / "preprocess" / f"{picture}.png")
+    image = preprocessor.load_image(data / "preprocess" / f"{file}.png")
     np.testing.assert_allclose(_levels(image), golden, atol=1e-4)
 
 
-# Kinds of pictures
+# Kinds of images
 
 
 def test_path_image_and_array_agree(preprocessor, image, tmp_path):
@@ -98,7 +98,7 @@ def test_every_pil_mode(preprocessor, mode):
         np.testing.assert_allclose(row, np.linspace(0, 255, 56), atol=6)
 
 
-def test_dark_pictures_of_16_bits_stay_dark(preprocessor):
+def test_dark_images_of_16_bits_stay_dark(preprocessor):
     image = Image.fromarray(np.full((8, 8), 255, "uint16"))
     np.testing.assert_array_equal(_levels(preprocessor.load_image(image)), 0)
 
@@ -141,9 +141,9 @@ def test_images_are_read_in_threads(preprocessor, image, monkeypatch):
     threads = set()
     load_image = Preprocessor.load_image
 
-    def spy(self, picture):
+    def spy(self, one):
         threads.add(threading.current_thread().name)
-        return load_image(self, picture)
+        return load_image(self, one)
 
     monkeypatch.setattr(Preprocessor, "load_image", spy)
     images = preprocessor.load_images([[image, image], [image, image[::-1]]])
@@ -152,7 +152,7 @@ def test_images_are_read_in_threads(preprocessor, image, monkeypatch):
     np.testing.assert_array_equal(images[1, 1], load_image(preprocessor, image[::-1]))
 
 
-# Bad pictures
+# Bad images
 
 
 def test_bytes_are_no_image(preprocessor):
@@ -164,7 +164,7 @@ def test_bytes_are_no_image(preprocessor):
 def test_missing_file(preprocessor, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cat\.jpg"):
         preprocessor.load_image(tmp_path / "cat.jpg")
-    with pytest.raises(FileNotFoundError, match=r"are not fetched: download the picture first"):
+    with pytest.raises(FileNotFoundError, match=r"are not fetched: download the image first"):
         preprocessor.load_image("https://example.com/cat.jpg")
 
 
@@ -370,7 +370,7 @@ def test_examples_broadcast():
     assert batch_examples("a", ["x", "y"]) == ([["a"], ["a"]], ["x", "y"], ["", ""], False)
     assert batch_examples(["a", "b"], "x", "r") == ([["a"], ["b"]], ["x"] * 2, ["r"] * 2, False)
     assert batch_examples([["a", "b"]], "x") == ([["a", "b"]], ["x"], [""], False)
-    pairs = np.zeros((3, 2, 4, 4, 3), "uint8")  # three examples of two pictures
+    pairs = np.zeros((3, 2, 4, 4, 3), "uint8")  # three examples of two images
     for form in (pairs, list(pairs), [list(pair) for pair in pairs]):
         images, *_ = batch_examples(form, "x")
         assert [[image.shape for image in images_of] for images_of in images] == [
@@ -400,7 +400,7 @@ def test_examples_must_be_as_many(images, prompts, responses):
         batch_examples(images, prompts, responses)
 
 
-def test_one_open_picture_many_times(preprocessor, tmp_path):
+def test_one_open_image_many_times(preprocessor, tmp_path):
     """PIL reads its pixels at the first use, which two threads cannot do at once."""
     levels = np.random.default_rng(0).integers(0, 256, (600, 600, 3), "uint8")
     Image.fromarray(levels).save(tmp_path / "noise.png")

@@ -423,13 +423,13 @@ def test_layer_errors():
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return np.random.default_rng(0).integers(0, 255, (112, 112, 3), "uint8")
 
 
 @pytest.fixture
-def inputs(picture):
-    images = picture[None].astype("float32") / 127.5 - 1
+def inputs(image):
+    images = image[None].astype("float32") / 127.5 - 1
     return {"images": images, "token_ids": np.array([[2, 300, 500, 700]], "int32")}
 
 
@@ -456,7 +456,7 @@ def test_loading_is_like_quantizing_later(scheme, inputs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int4/32"])
-def test_a_batch_answers_as_its_pictures_alone(scheme):
+def test_a_batch_answers_as_its_images_alone(scheme):
     """The widths are whole pairs of groups of 32, as those of the published models of 128."""
     options = SCHEMES[scheme]
     model = keras_pg2.PaliGemma2.from_preset(
@@ -534,7 +534,7 @@ def test_other_schemes(quantize):
         keras_pg2.PaliGemma2.from_preset("nowhere", quantize=quantize)
 
 
-def test_filters_match_paths(picture):
+def test_filters_match_paths(image):
     model = keras_pg2.PaliGemma2.from_preset(TINY)
     model.quantize("int8", filters="^vision/.*mlp")
     vision, text = model.vision.blocks[0], model.text.blocks[0]
@@ -546,7 +546,7 @@ def test_filters_match_paths(picture):
     model.quantize("int8", filters=lambda layer: layer.name == "query")
     assert vision.attention.query.quantization_mode == "int8"
     assert text.attention.query.quantization_mode == "int4"
-    assert isinstance(model.caption(picture), str)
+    assert isinstance(model.caption(image), str)
     with pytest.raises(ValueError, match="must match a layer that is not quantized yet"):
         model.quantize("int8", filters="^text/")
     with pytest.raises(ValueError, match=r"`filters` must be a regular expression.*'\['"):
@@ -562,15 +562,15 @@ def test_filters_match_paths(picture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_lora_on_a_quantized_model(mode, picture):
+def test_lora_on_a_quantized_model(mode, image):
     model = keras_pg2.PaliGemma2.from_preset(TINY, dtype="float32", quantize=mode)
     before = {path: _numpy(v) for path, v in model.variables_by_path().items()}
     model.enable_lora(4)
     model.compile(keras.optimizers.Adam(0.01))
-    examples = [{"images": picture, "prompts": "answer en what?", "responses": "no"}] * 2
+    examples = [{"images": image, "prompts": "answer en what?", "responses": "no"}] * 2
     history = model.fit(examples, batch_size=2, epochs=6, verbose=0)
     losses = history.history["loss"]
     assert losses[-1] < 0.5 * losses[0]
     for path, value in before.items():
         np.testing.assert_array_equal(_numpy(model.variables_by_path()[path]), value, err_msg=path)
-    assert model.answer(picture, "what?") == "no"
+    assert model.answer(image, "what?") == "no"

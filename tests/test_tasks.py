@@ -16,7 +16,7 @@ from keras_pg2.tasks import read_detections
 from keras_pg2.tiny import train
 from tests.test_data import COMPRESSED, COMPRESSED_STRIPES, MASK, STRIPES
 
-WIDTH, HEIGHT = 1023 * 2, 1023  # so that places in the picture are whole numbers
+WIDTH, HEIGHT = 1023 * 2, 1023  # so that places in the image are whole numbers
 CAT = "<loc0100><loc0200><loc0300><loc0400>"
 CAT_BOX = (400, 100, 800, 300)
 ARABIC = "<loc\u0661\u0662\u0663\u0664>"  # digits to `\d`, but no location
@@ -537,7 +537,7 @@ def test_encoded_images(model, image):
         model.generate([one, other], "ocr")
 
 
-def test_a_picture_of_several_prompts_is_encoded_once(model, image, monkeypatch):
+def test_an_image_of_several_prompts_is_encoded_once(model, image, monkeypatch):
     prompts = ["ocr", "caption en", "answer en what?"]
     expected = [model.generate(image, prompt, max_new_tokens=6) for prompt in prompts]
     encoded = []
@@ -552,7 +552,7 @@ def test_a_picture_of_several_prompts_is_encoded_once(model, image, monkeypatch)
     assert len(encoded) == 1
     other = image[::-1].copy()
     model.generate([image, other, image], "ocr", max_new_tokens=1)
-    assert len(encoded) == 1  # several pictures may not fit
+    assert len(encoded) == 1  # several images may not fit
 
 
 CANDIDATES = ["cat", "a red dog", "7", "cats and cows"]

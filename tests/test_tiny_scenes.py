@@ -78,7 +78,7 @@ def test_training_shows_no_held_out_scan(renderer):
     assert held_out == set(range(1437, 1797))
 
 
-def test_pictures(some_scenes):
+def test_images(some_scenes):
     for scene in some_scenes:
         assert scene.image.shape == (112, 112, 3)
         assert scene.image.dtype == np.uint8

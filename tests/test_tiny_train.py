@@ -80,11 +80,11 @@ def test_pack_leaves_out_what_does_not_fit():
     assert row["targets"].tolist() == [12, 13, 11, 12]
 
 
-def test_a_packed_pair_sees_the_picture_and_itself():
+def test_a_packed_pair_sees_the_image_and_itself():
     row = train.pack([pair(2, 2), pair(1, 2)], length=6, num_targets=4)
     mask, positions = train.masks_and_positions(tensors({k: v[None] for k, v in row.items()}), 2)
     expected = [
-        [1, 1, 0, 0, 0, 0, 0, 0],  # the picture
+        [1, 1, 0, 0, 0, 0, 0, 0],  # the image
         [1, 1, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0, 0, 0],  # the first prefix
         [1, 1, 1, 1, 0, 0, 0, 0],
@@ -96,7 +96,7 @@ def test_a_packed_pair_sees_the_picture_and_itself():
     assert ops.convert_to_numpy(positions)[0, :7].tolist() == [0, 1, 2, 3, 4, 2, 3]
 
 
-def test_a_lone_pair_is_seen_by_the_picture_too():
+def test_a_lone_pair_is_seen_by_the_image_too():
     row = train.pack([pair(2, 3)], length=5, num_targets=3)
     mask, positions = train.masks_and_positions(tensors({k: v[None] for k, v in row.items()}), 2)
     expected = [
@@ -141,7 +141,7 @@ def test_packed_pairs_do_not_change_each_other(preprocessor):
     features[1] = features[0]
     rows = [train.pack([pair(3, 4), other], 20, 12) for other in (pair(2, 5), pair(6, 1))]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    batch["pictures"] = np.arange(2)
+    batch["image_index"] = np.arange(2)
     logits = ops.convert_to_numpy(student._logits(features, tensors(batch), training=False))
     np.testing.assert_allclose(logits[0, :4], logits[1, :4], atol=1e-5)
 

@@ -32,7 +32,7 @@ def micro_model(tokenizer, dtype="float32", **changes):
 
 @pytest.fixture
 def columns():
-    """Ten pictures with answers of one to three words."""
+    """Ten images with answers of one to three words."""
     rng = np.random.default_rng(0)
     return {
         "images": list(rng.integers(0, 256, (10, 20, 24, 3), "uint8")),
@@ -240,22 +240,22 @@ def test_endless_data_of_grain(tokenizer, columns):
     assert len(history["loss"]) == 2
 
 
-def test_pictures_that_torch_has_mixed_up(tokenizer, columns):
-    """Its default for lists of pictures: the first of all examples, then the second of all."""
+def test_images_that_torch_has_mixed_up(tokenizer, columns):
+    """Its default for lists of images: the first of all examples, then the second of all."""
     images = columns["images"]
     columns = {**columns, "images": [tuple(images[:2]), tuple(images[2:4])]}
     with pytest.raises(ValueError, match=r"as a list\. Received tuples, .*collate_fn=lambda"):
         read([{name: column[:2] for name, column in columns.items()}], tokenizer)
 
 
-def test_a_picture_shared_by_batches(tokenizer, tmp_path):
+def test_an_image_shared_by_batches(tokenizer, tmp_path):
     """Pillow reads it when it is first asked for: threads must not do so at once."""
     pixels = np.random.default_rng(0).integers(0, 256, (900, 900, 3), "uint8")
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    Image.fromarray(pixels).save(tmp_path / "image.png")
     data = {"prompts": ["ocr"] * 8, "responses": ["a"] * 8}
     (expected,) = read({"images": pixels, **data}, tokenizer, batch_size=8)
     for _ in range(3):
-        with Image.open(tmp_path / "picture.png") as image:
+        with Image.open(tmp_path / "image.png") as image:
             shared = read({"images": image, **data}, tokenizer, batch_size=2)
         np.testing.assert_array_equal(
             np.concatenate([x["images"] for x in shared]), expected["images"]

@@ -10,7 +10,7 @@ from keras_pg2 import frames_from_video
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    """Path of 25 pictures, each brighter than the one before."""
+    """Path of 25 images, each brighter than the one before."""
     path = tmp_path_factory.mktemp("video") / "video.mp4"
     with av.open(path, "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -39,19 +39,19 @@ def test_frames_are_evenly_spaced(video, count, levels):
 @pytest.mark.parametrize(
     ("matrix", "expected"),
     [
-        ((0, 1, -1, 0, 48, 0), (lambda picture: np.rot90(picture, -1))),  # clockwise
-        ((-1, 0, 0, -1, 64, 48), (lambda picture: np.rot90(picture, 2))),
+        ((0, 1, -1, 0, 48, 0), (lambda image: np.rot90(image, -1))),  # clockwise
+        ((-1, 0, 0, -1, 64, 48), (lambda image: np.rot90(image, 2))),
         ((0, -1, 1, 0, 0, 64), np.rot90),
     ],
 )
 def test_a_turned_video(tmp_path, matrix, expected):
-    picture = np.zeros((48, 64, 3), "uint8")
-    picture[:16, :32] = 255
+    image = np.zeros((48, 64, 3), "uint8")
+    image[:16, :32] = 255
     path = tmp_path / "video.mp4"
     with av.open(path, "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
         container.mux(stream.encode())
 
     def stored(a, b, c, d, x, y):  # 16 bits after the point, but 30 in the last column
@@ -63,12 +63,12 @@ def test_a_turned_video(tmp_path, matrix, expected):
     tail = tail.replace(stored(1, 0, 0, 1, 0, 0), stored(*matrix), 1)
     path.write_bytes(head + b"tkhd" + tail)
     (frame,) = frames_from_video(path, 1)
-    difference = np.asarray(frame).astype(int) - expected(picture)
+    difference = np.asarray(frame).astype(int) - expected(image)
     assert np.abs(difference).mean() < 6
 
 
 def test_frames_are_of_different_length(tmp_path):
-    """Ten pictures in the first second, then one at ten seconds."""
+    """Ten images in the first second, then one at ten seconds."""
     path = tmp_path / "video.mp4"
     with av.open(path, "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -118,7 +118,7 @@ def test_bad_videos(tmp_path, video):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), "int16"), "s16", "mono")
         frame.rate = 8000
         container.mux(stream.encode(frame))
-    with pytest.raises(ValueError, match=r"sound\.wav.*it has no pictures"):
+    with pytest.raises(ValueError, match=r"sound\.wav.*it has no images"):
         frames_from_video(tmp_path / "sound.wav")
     with pytest.raises(ValueError, match="count=0"):
         frames_from_video(video, 0)

@@ -75,24 +75,24 @@ def with_checked_steps(loop):
     return checked_loop
 
 
-def answer(model, picture):
-    model.generate([picture] * 2, "cap en", sampler=keras_pg2.Sample(0.8, 5, 0.9), max_new_tokens=8)
-    model.generate(picture, "cap en", sampler=keras_pg2.Beam(3), max_new_tokens=8)
-    model.caption([model.encode(picture)] * 10, batch_size=10, max_new_tokens=8)
-    model.segment([picture] * 2, "square", constrained=True, max_new_tokens=8)
-    model.score(picture, "ocr", ["1", "2 3 4"])
-    list(model.stream(picture, "ocr", max_new_tokens=8))
+def answer(model, image):
+    model.generate([image] * 2, "cap en", sampler=keras_pg2.Sample(0.8, 5, 0.9), max_new_tokens=8)
+    model.generate(image, "cap en", sampler=keras_pg2.Beam(3), max_new_tokens=8)
+    model.caption([model.encode(image)] * 10, batch_size=10, max_new_tokens=8)
+    model.segment([image] * 2, "square", constrained=True, max_new_tokens=8)
+    model.score(image, "ocr", ["1", "2 3 4"])
+    list(model.stream(image, "ocr", max_new_tokens=8))
 
 
-def train(model, picture):
+def train(model, image):
     model.compile("adamw")
-    examples = [{"image": picture, "prompt": "cap en", "response": "a cat"}] * 4
+    examples = [{"image": image, "prompt": "cap en", "response": "a cat"}] * 4
     model.fit(examples, validation_data=examples, batch_size=2, verbose=0)
 
 
 def main():
     pixels = np.random.default_rng(0).integers(0, 256, (100, 120, 3))
-    picture = PIL.Image.fromarray(pixels.astype("uint8"))
+    image = PIL.Image.fromarray(pixels.astype("uint8"))
     kinds = [("mixed_float16", None), ("bfloat16", "int8"), ("float32", "int4")]
     for dtype, quantize in kinds:
         model = keras_pg2.PaliGemma2.from_preset(
@@ -100,13 +100,13 @@ def main():
         )
         devices = {variable.value.device.type for variable in model.variables}
         assert devices == {"imitated"}, devices
-        answer(model, picture)
+        answer(model, image)
         model.enable_lora(2)
         model.enable_remat()
-        train(model, picture)
+        train(model, image)
         if quantize is None:
             model.merge_lora()
-            answer(model, picture)
+            answer(model, image)
         model.get_codec()(np.zeros((2, 64, 64), "float32"))
 
 

@@ -1,8 +1,8 @@
-"""Random pictures of handwritten digits and shapes, with the truth about them.
+"""Random images of handwritten digits and shapes, with the truth about them.
 
 The digits are real handwriting: the 1,797 scans of 8 × 8 pixels that scikit-learn ships, from the
 UCI data set "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, CC BY 4.0).
-The last fifth of the scans is held out: no picture of the split "train" shows any of them.
+The last fifth of the scans is held out: no image of the split "train" shows any of them.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ _NUM_PLACES = 30  # tried for an object before it is left out
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Sprite:
-    """One drawing, to be put into pictures in any colour.
+    """One drawing, to be put into images in any colour.
 
     Attributes:
         id: int, its place in `SceneRenderer.sprites`.
@@ -87,7 +87,7 @@ class Sprite:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class SceneObject:
-    """A sprite in a picture.
+    """A sprite in an image.
 
     Attributes:
         sprite: Sprite.
@@ -110,7 +110,7 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Scene:
-    """A picture and what is in it.
+    """An image and what is in it.
 
     Attributes:
         image: uint8 (112, 112, 3).
@@ -122,7 +122,7 @@ class Scene:
 
     def mask(self, scene_object):
         """bool (112, 112), the pixels of one of the objects."""
-        return _in_picture(scene_object.sprite.mask, scene_object.box)
+        return _in_image(scene_object.sprite.mask, scene_object.box)
 
 
 class SceneRenderer:
@@ -366,11 +366,11 @@ def _paint(image, alpha, box, levels, rng):
     region += (levels[:, None, None] + shade - region) * (alpha * np.float32(1 / 255))
 
 
-def _in_picture(mask, box):
+def _in_image(mask, box):
     x1, y1, x2, y2 = box
-    picture = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
-    picture[y1:y2, x1:x2] = mask
-    return picture
+    placed = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
+    placed[y1:y2, x1:x2] = mask
+    return placed
 
 
 def _box_mask(sprite):
@@ -400,7 +400,7 @@ _CONTRAST = 2  # enough for an even background; with more, faint holes and gaps 
 
 
 def _smooth_field(pixels):
-    """A scan, blown up to a smooth grey picture, whose level curves are strokes."""
+    """A scan, blown up to a smooth grey image, whose level curves are strokes."""
     cells = np.pad(pixels * np.uint8(15), 2)
     size = (_FIELD_SIZE, _FIELD_SIZE)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)

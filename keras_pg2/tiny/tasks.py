@@ -423,14 +423,14 @@ def _tokenizer_texts(num_scenes=4_000):
     kinds = ["ocr", *captions, *["answer"] * 5, "detect", "detect", "segment"]
     texts = []
     for _ in range(num_scenes):
-        scene = _scene_without_picture(rng)
+        scene = _scene_without_image(rng)
         for pair in tasks(scene, rng, kinds, codes=np.zeros((1, 16), int)):
             for text in pair:
                 texts += filter(None, re.split(r"<\w+>", text))
     return texts
 
 
-def _scene_without_picture(rng):
+def _scene_without_image(rng):
     if rng.random() < 0.02:
         kinds = ["word"]
     else:

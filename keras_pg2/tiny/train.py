@@ -5,8 +5,8 @@
 Three lessons follow each other, each a `fit` of its own:
 
 1. "look": the vision tower learns what each patch shows, without any text.
-2. "read": about eight questions on a picture share one row, so that the work on the picture is
-   shared too. Each question sees the picture and itself.
+2. "read": about eight questions on an image share one row, so that the work on the image is
+   shared too. Each question sees the image and itself.
 3. "answer": one question a row, under the model's own prefix-LM mask; learning rate down to 0.
 
 Batches depend on seed, lesson and step alone, so a run that was stopped goes on as it would have.
@@ -86,8 +86,8 @@ class Lesson:
     Attributes:
         name: str.
         steps: int.
-        num_images: int, pictures in a batch.
-        rows_per_image: int, rows of text about each picture; 0 for none.
+        num_images: int, images in a batch.
+        rows_per_image: int, rows of text about each image; 0 for none.
         text_length: int, T, tokens in a row.
         num_targets: int, most tokens to learn in a row.
         is_packed: bool, whether a row is filled with questions, or holds one.
@@ -96,7 +96,7 @@ class Lesson:
         blur: pair of float, width at the beginning and at the end of the bell, in bins, that
             the target of a location token is blurred to. It falls by equal factors.
         patch_weight: pair of float, of the loss on patches, at the beginning and at the end.
-        easy_steps: int, steps before pictures show more than two objects.
+        easy_steps: int, steps before images show more than two objects.
         ema: float, momentum of the moving average of the weights.
     """
 
@@ -164,7 +164,7 @@ def lessons(minutes=130):
 
 
 class Teacher:
-    """Makes batches of pictures with what is to be learned about them.
+    """Makes batches of images with what is to be learned about them.
 
     Args:
         renderer: SceneRenderer of the split "train".
@@ -202,7 +202,9 @@ class Teacher:
             for _ in range(lesson.rows_per_image)
         ]
         batch |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        batch["pictures"] = np.repeat(np.arange(len(scenes), dtype="int32"), lesson.rows_per_image)
+        batch["image_index"] = np.repeat(
+            np.arange(len(scenes), dtype="int32"), lesson.rows_per_image
+        )
         batch["target_weights"] /= batch["target_weights"].sum()
         blur = math.exp(lesson.at([math.log(width) for width in lesson.blur], step))
         batch["blur"] = np.full(len(rows), blur, "float32")
@@ -230,7 +232,7 @@ def patch_arrays(scenes):
         dict of
         - "classes", "colors": int32 (B, P), see `DenseTargets`;
         - "sides": float32 (B, P, 8), in image sides: top, left, bottom and right of the object's
-          box, first as distances from the patch's centre, then as places in the picture;
+          box, first as distances from the patch's centre, then as places in the image;
         - "object_weights": float32 (B, P), the same for all patches with an object, with sum 1;
         - "background_weights": float32 (B, P), the same for all others.
     """
@@ -361,7 +363,7 @@ class Student(keras.Model):
         """float32 (B, num_targets, V), of the tokens to learn."""
         text = self.model.text
         images = ops.cast(self.model.projector(features), activation_dtype(self.compute_dtype))
-        images = ops.take(images, inputs["pictures"], axis=0)
+        images = ops.take(images, inputs["image_index"], axis=0)
         x = ops.concatenate([images, text.embed(inputs["token_ids"])], axis=1)
         mask, positions = masks_and_positions(inputs, _NUM_PATCHES)
         hidden, _ = text(x, positions, (mask, mask), training=training)
@@ -382,10 +384,10 @@ class Student(keras.Model):
 
 
 def masks_and_positions(inputs, num_image_tokens):
-    """The mask and the positions of rows of a picture and text.
+    """The mask and the positions of rows of an image and text.
 
-    A query sees the picture and its own pair, under the mask of `attention_mask`. With number 0,
-    the picture's own, a pair is seen by the picture too: that is the model's own mask.
+    A query sees the image and its own pair, under the mask of `attention_mask`. With number 0,
+    the image's own, a pair is seen by the image too: that is the model's own mask.
 
     Args:
         inputs: dict of tensors, see `pack`, each (B, T).
@@ -416,7 +418,7 @@ def patch_losses(classes, colors, sides, inputs):
 
     Returns:
         dict of float32 scalars: "patch_loss"; "patch_accuracy", of classes on objects; and
-        "patch_pixels", the mean error of a side in its place in the picture.
+        "patch_pixels", the mean error of a side in its place in the image.
     """
     weights = inputs["object_weights"]
     errors = ops.abs(sides - inputs["sides"])
@@ -477,7 +479,7 @@ def _cross_entropy(logits, targets):
 def new_model(preprocessor, seed=0, dtype="mixed_bfloat16", config=CONFIG):
     """A model with the random weights to begin with.
 
-    Location embeddings begin as waves over the picture of many lengths, so that near places have
+    Location embeddings begin as waves over the image of many lengths, so that near places have
     near embeddings.
     """
     keras.utils.set_random_seed(seed)

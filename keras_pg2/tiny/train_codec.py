@@ -146,15 +146,15 @@ def digit_masks(scans, count, seed):
     for i in range(count):
         size = int(rng.integers(_MIN_SIZE, _MAX_SIZE + 1))
         scan = Image.fromarray(np.pad(scans[i % len(scans)], 3).astype("float32"))
-        # From pixels of the picture, `size` for the 8 of the scan, to those of the padded scan.
+        # From pixels of the image, `size` for the 8 of the scan, to those of the padded scan.
         matrix = _transform(rng, 15) * 8 / size
         side = math.ceil(size * 14 / 8)
         offset = 7 - matrix @ (side / 2, side / 2)
         affine = (*matrix[0], offset[0], *matrix[1], offset[1])
-        picture = scan.transform(
+        image = scan.transform(
             (side, side), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
         )
-        masks.append(np.asarray(picture) > rng.uniform(0.35, 0.55))
+        masks.append(np.asarray(image) > rng.uniform(0.35, 0.55))
     return masks
 
 
