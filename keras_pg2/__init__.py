@@ -16,6 +16,7 @@ from keras_pg2.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from keras_pg2.distribution import layout_map
 from keras_pg2.drawing import draw
 from keras_pg2.generation import Beam, Generation, Grammar, Greedy, Sample
+from keras_pg2.linear import LoraOptions
 from keras_pg2.paligemma import EncodedImage, PaliGemma2
 from keras_pg2.preprocessing import Preprocessor
 from keras_pg2.segmentation import SegmentationCodec
@@ -34,6 +35,7 @@ __all__ = [
     "Generation",
     "Grammar",
     "Greedy",
+    "LoraOptions",
     "PaliGemma2",
     "PaliGemmaConfig",
     "Preprocessor",

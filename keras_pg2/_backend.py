@@ -162,7 +162,7 @@ class Programs:
             self._programs, self._sampler_programs, self._parts = {}, {}, {}
             self._content, self._places = content, places
             if self.graphs:
-                self.graphs.renew(layers)
+                self.graphs.renew([layer for layer in layers if layer is not model])
             if self.compile_steps and BACKEND == "torch":  # compiled code must not do it
                 for variable in model.variables:
                     if variable.name == "kernel":
@@ -199,11 +199,13 @@ def _call_part(parts, method, *args, **kwargs):
     shapes = tuple((x.shape, x.dtype) for x in (*variables, *tensors))
     key = (method.__name__, tuple(kwargs), constants, kinds, shapes)
     if key not in parts:
+        # Without the leaves, which would keep the whole trace of this program.
+        structure = keras.tree.map_structure(lambda _: None, (args, kwargs))
 
         def function(values, tensors):
             tensors = iter(tensors)
             leaves = [next(tensors) if x is None else x[0] for x in constants]
-            packed_args, packed_kwargs = keras.tree.pack_sequence_as((args, kwargs), leaves)
+            packed_args, packed_kwargs = keras.tree.pack_sequence_as(structure, leaves)
             _state.parts = None  # a part has none
             try:
                 with keras.StatelessScope(state_mapping=zip(variables, values)):
@@ -509,8 +511,9 @@ class _Graphs:
 
     def renew(self, layers):
         """Clears them for a model of these layers."""
+        self._version += 1  # so that what is given back later is not kept any more
         self.clear()
-        self._version += 1  # so that what is given back later is not used any more
+        self._known.clear()
         # Other layers may wait for the GPU, which a graph cannot hold.
         self.is_active = all(map(_is_known, layers))
 
@@ -540,8 +543,13 @@ class _Graphs:
             return self._recordings.pop(key, None)
 
     def keep(self, key, recording):
-        """Gives back a recording for the next call, in place of older ones if there is no room."""
+        """Gives back a recording for the next call, in place of older ones if there is no room.
+
+        One of earlier weights is thrown away.
+        """
         with self._lock:
+            if key[3] != self._version:
+                return
             self._recordings[key] = recording
             while sum(kept.num_bytes for kept in self._recordings.values()) > self._room(key):
                 del self._recordings[next(iter(self._recordings))]
@@ -789,14 +797,14 @@ def _logits_of_one(query, key):
 
 
 def _is_tf_on_cpu():
-    return not any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
+    return not any(map(tf.config.get_visible_devices, ("GPU", "TPU")))
 
 
 def recomputed(function):
     """The function, but for its gradient it is computed again; nothing inside is kept.
 
     For what is cheap to compute and large to keep: norms, gates, attention probabilities.
-    Only jax and a compiler gain from it, so elsewhere the function stays what it is.
+    Only jax gains from it, so elsewhere the function stays what it is.
     """
     return functools.partial(_call_recomputed, function) if BACKEND == "jax" else function
 
@@ -892,8 +900,9 @@ def _is_eager(tensors):
 def prefetch(function, batches, threads=1):
     """An iterator over `function(*batch)` for each batch, in order.
 
-    Threads begin at once, and stay one batch each ahead.
+    Threads begin at once, and stay one batch each ahead. They make tensors where the caller would.
     """
+    function = _on_this_device(function)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     batches = iter(batches)
     pending = collections.deque(
@@ -912,6 +921,20 @@ def prefetch(function, batches, threads=1):
             pool.shutdown(cancel_futures=True)
 
     return results()
+
+
+def _on_this_device(function):
+    """The function, which in any thread makes tensors on the default device of this thread."""
+    if BACKEND == "tensorflow":  # has none per thread
+        return function
+    device = jax.config.jax_default_device if BACKEND == "jax" else get_device()
+    scope = jax.default_device if BACKEND == "jax" else keras.device
+
+    def call(*args):
+        with scope(device):
+            return function(*args)
+
+    return call
 
 
 def tf_dataset(batches, sample):
@@ -992,7 +1015,8 @@ def write_cache(buffer, values, index):
     rows = tf.range(math.prod(buffer.shape[:2])) * buffer.shape[2] + index
     old, new = (tf.reshape(x, (-1, buffer.shape[3])) for x in (buffer, values))
     # The one operation that does not copy a buffer in a loop.
-    return tf.reshape(tf.raw_ops.InplaceUpdate(x=old, i=rows, v=new), buffer.shape)
+    new = tf.raw_ops.InplaceUpdate(x=old, i=rows, v=tf.cast(new, old.dtype))
+    return tf.reshape(new, buffer.shape)
 
 
 def masked_fill(x, mask, value):
@@ -1035,16 +1059,16 @@ def einsum_float32(equation, x, y):
     return ops.cast(ops.einsum(equation, x, y), "float32")
 
 
-def matmul_transposed_float32(x, matrix):
+def matmul_transposed_float32(x, matrix, all_exact=False):
     """float32 `x @ matrix.T` of float (..., D) and (V, D), not rounded to the dtype of these.
 
-    The vocabulary has 257,152 logits, and bfloat16 tells only 22 values above 20 apart. With
-    torch on a CPU those of a few rows are rounded but for the largest, see `refined`.
+    The vocabulary has 257,152 logits, and bfloat16 tells only 22 values above 20 apart. Unless
+    `all_exact`, torch on a CPU rounds those of a few rows but for the largest, see `refined`.
     """
     is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
     if is_float32 and in_program() and has_few_rows(x) and math.prod(x.shape[:-1]) > 1:
         return by_platform({"cpu": _logits_of_few}, _logits, x, matrix)
-    return _logits(x, matrix)
+    return _logits(x, matrix, all_exact)
 
 
 def _logits_of_few(x, matrix):
@@ -1058,23 +1082,23 @@ def _logits_of_few(x, matrix):
     return ops.reshape(ops.transpose(logits), (*x.shape[:-1], matrix.shape[0]))
 
 
-def _logits(x, matrix):
+def _logits(x, matrix, all_exact=False):
     if BACKEND == "jax":
         return jnp.einsum("...d,vd->...v", x, matrix, preferred_element_type="float32")
     is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
     if is_float32 or BACKEND == "tensorflow" or torch.is_grad_enabled():
         x, matrix = ops.cast(x, "float32"), ops.cast(matrix, "float32")
         return ops.matmul(x, ops.transpose(matrix))
-    return _torch_logits(x, matrix)
+    return _torch_logits(x, matrix, all_exact)
 
 
-def _torch_logits(x, matrix):
+def _torch_logits(x, matrix, all_exact):
     rows, columns = x.reshape(-1, x.shape[-1]), matrix.t()
     if x.device.type == "cuda":
         logits = torch.mm(rows, columns, out_dtype=torch.float32)
     elif _is_in_float32(rows):
         logits = _times_in_float32(rows, columns)
-    elif len(rows) <= _MAX_FEW_ROWS:
+    elif len(rows) <= _MAX_FEW_ROWS and not all_exact:
         return refined(_few_times(x, columns), x, lambda places: matrix[places].float())
     else:
         # A CPU rounds results. What was rounded off is a second product less the first; it takes
@@ -1246,19 +1270,20 @@ def fastest_dtype():
     """The dtype policy in which a model runs fastest on the default device."""
     if BACKEND == "torch":
         # Turing and Volta GPUs have no bfloat16.
-        has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
+        is_cuda = torch.device(get_device()).type == "cuda"
+        has_bfloat16 = not is_cuda or torch.cuda.is_bf16_supported(False)
         return "bfloat16" if has_bfloat16 else "float16"
     if BACKEND == "jax":
-        device = jax.devices()[0]
+        device = jnp.zeros(()).device
         if device.platform == "gpu":
             is_old = getattr(device, "compute_capability", "8.0") in ("6.0", "6.1", "7.0", "7.5")
             return "float16" if is_old else "bfloat16"
         return "float32" if device.platform == "cpu" else "bfloat16"
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability")
         return "bfloat16" if capability is None or capability[0] >= 8 else "float16"
-    return "bfloat16" if tf.config.list_physical_devices("TPU") else "float32"
+    return "bfloat16" if tf.config.get_visible_devices("TPU") else "float32"
 
 
 def to_tensors(arrays):
@@ -1480,7 +1505,7 @@ def tile_int4(codes, tile):
     if torch.is_tensor(tile):
         for start in range(0, num_rows, 8192):  # of what needs little memory
             part = slice(start, start + 8192)
-            targets[part] = _int4pack(unpack_int4(codes[:, part]))
+            targets[part] = _int4pack(unpack_int4(codes[:, part]).to(tile.device))
         return tiled
     for start in range(0, num_rows, 16 * tile):  # of what fits in a cache
         values = unpack_int4(codes[:, start : start + 16 * tile])

@@ -16,7 +16,7 @@ from keras_pg2 import PaliGemma2, PaliGemmaConfig, Preprocessor, Tokenizer, __ve
 from keras_pg2.checkpoints import io, presets
 from keras_pg2.checkpoints.names import tensor_specs
 from keras_pg2.config import VARIANTS
-from keras_pg2.preprocessing import image_pixels
+from keras_pg2.preprocessing import checked_preprocessor, image_pixels
 
 _EPILOG = """examples:
   keras-pg2 caption cat.jpg --preset paligemma2-3b-mix-224
@@ -405,6 +405,7 @@ def _convert(options):
         preprocessor = Preprocessor(
             Tokenizer.from_file(tokenizer), size, **checkpoint.preprocessing
         )
+        preprocessor = checked_preprocessor(preprocessor, checkpoint.config)
     elif options.to != "big-vision":
         _report("the source has no tokenizer; pass --tokenizer to write one too")
     codec = None

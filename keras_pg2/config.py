@@ -17,6 +17,7 @@ A reader who comes from another library:
 
 import dataclasses
 import math
+import numbers
 
 import numpy as np
 
@@ -33,11 +34,15 @@ def _use_plain_numbers(config):
             object.__setattr__(config, field, value.item())
 
 
+def check_positive(**options):
+    """Raises a ValueError unless all options are positive integers, of Python or NumPy."""
+    for name, value in options.items():
+        is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        _require(is_int and value > 0, name, "a positive integer", value)
+
+
 def _require_positive_ints(config, *fields):
-    for field in fields:
-        value = getattr(config, field)
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        _require(is_int and value > 0, field, "a positive integer", value)
+    check_positive(**{field: getattr(config, field) for field in fields})
 
 
 def _require_positive_numbers(config, *fields):

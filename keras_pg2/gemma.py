@@ -36,9 +36,6 @@ class RMSNorm(DirectCall, layers.Layer):
         normalize = functools.partial(_backend.rms_normalize, eps=self.eps)
         return _backend.recomputed(normalize)(x, self.scale.value)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
 
 class GemmaAttention(DirectCall, layers.Layer):
     """Grouped-query self-attention with rotary embedding, of what `project` makes.
@@ -138,9 +135,6 @@ class GemmaMLP(DirectCall, layers.Layer):
 
     def _multiply(self, x):
         return self.down(_backend.recomputed(_gelu_times)(self.gate(x), self.up(x)))
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
 
 
 class GemmaBlock(DirectCall, layers.Layer):

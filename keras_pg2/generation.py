@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_pg2 import _backend
+from keras_pg2.config import check_positive
 from keras_pg2.preprocessing import align_right
 from keras_pg2.tokenizer import EOS_ID, PAD_ID
 
@@ -59,10 +60,8 @@ class Sample:
                 "`temperature` must be at least 1e-6; for the most likely token use "
                 f"`sampler='greedy'`. Received: temperature={self.temperature!r}"
             )
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(
-                f"`top_k` must be a positive integer or None. Received: top_k={self.top_k!r}"
-            )
+        if self.top_k is not None:
+            check_positive(top_k=self.top_k)
         is_number = isinstance(self.top_p, numbers.Real)
         if self.top_p is not None and not (is_number and 0 < self.top_p <= 1):
             raise ValueError(f"`top_p` must be in (0, 1] or None. Received: top_p={self.top_p!r}")
@@ -86,10 +85,7 @@ class Beam:
     num_beams: int = 4
 
     def __post_init__(self):
-        if not isinstance(self.num_beams, int) or self.num_beams < 1:
-            raise ValueError(
-                f"`num_beams` must be a positive integer. Received: num_beams={self.num_beams!r}"
-            )
+        check_positive(num_beams=self.num_beams)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -771,6 +767,11 @@ def align_inputs(inputs, vocab_size):
             not finite floats in [-1, 1].
     """
     token_ids = inputs["token_ids"]
+    if not token_ids.size:
+        raise ValueError(
+            "`token_ids` must be (B, T), at least one token of one example. Received: shape "
+            f"{token_ids.shape}"
+        )
     if token_ids.dtype.kind not in "iu" or token_ids.min() < 0 or token_ids.max() >= vocab_size:
         raise ValueError(
             f"`token_ids` must be integers in [0, {vocab_size}). Received: dtype "

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_pg2 import _backend
+from keras_pg2.config import check_positive
 from keras_pg2.quantization import Quantizable, QuantizedMatrix, unlocked
 
 
@@ -327,9 +328,7 @@ class LoraOptions:
     dropout: float
 
     def __post_init__(self):
-        is_int = isinstance(self.rank, numbers.Integral) and not isinstance(self.rank, bool)
-        if not is_int or self.rank < 1:
-            raise ValueError(f"`rank` must be a positive integer. Received: rank={self.rank!r}")
+        check_positive(rank=self.rank)
         if not _is_number(self.alpha) or self.alpha <= 0:
             raise ValueError(f"`alpha` must be a positive number. Received: alpha={self.alpha!r}")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:

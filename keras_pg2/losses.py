@@ -4,6 +4,7 @@ At 257,152 tokens the logits of a single position are a megabyte. The gradient o
 taken at once, while its logits are there, so no product is computed twice.
 """
 
+import functools
 import math
 
 from keras import ops
@@ -65,7 +66,8 @@ def token_losses(
         train_embeddings = False
     else:
         vocab_size, dtype, matrix = embeddings.shape[0], embeddings.dtype, (embeddings,)
-        multiply, multiply_back = _backend.matmul_transposed_float32, _backend.matmul
+        multiply = functools.partial(_backend.matmul_transposed_float32, all_exact=True)
+        multiply_back = _backend.matmul
     # TensorFlow forgets the batch size after it has changed once; symbols have none.
     known_size = hidden.shape[0] if isinstance(hidden.shape[0], int) else None
     chunk = chunk_length(known_size or 64, length, vocab_size)

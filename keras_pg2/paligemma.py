@@ -17,11 +17,16 @@ from keras.src.utils import io_utils
 from keras_pg2 import _backend, batches, generation, tasks
 from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, token_positions
 from keras_pg2.checkpoints import adapters, io, presets
-from keras_pg2.config import PaliGemmaConfig
+from keras_pg2.config import PaliGemmaConfig, check_positive
 from keras_pg2.gemma import GemmaDecoder
 from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype
 from keras_pg2.losses import token_losses
-from keras_pg2.preprocessing import Preprocessor, batch_examples, image_size
+from keras_pg2.preprocessing import (
+    Preprocessor,
+    batch_examples,
+    checked_preprocessor,
+    image_size,
+)
 from keras_pg2.quantization import QuantizedMatrix, group_size_of, scheme_of, unlocked
 from keras_pg2.segmentation import SegmentationCodec
 from keras_pg2.siglip import SiglipTower
@@ -106,7 +111,7 @@ class PaliGemma2(keras.Model):
 
     def __init__(self, config, preprocessor=None, dtype=None, name="paligemma2", **kwargs):
         super().__init__(dtype=dtype, name=name, **kwargs)
-        _check_arguments(config, preprocessor, self.dtype_policy)
+        _check_arguments(config, self.dtype_policy)
         self.autocast = False  # each layer casts where it is safe in float16
         self.config = config
         self.preprocessor = preprocessor
@@ -117,6 +122,14 @@ class PaliGemma2(keras.Model):
         self.projector = Linear(config.text.width, name="projector", dtype=self.dtype_policy)
         self.text = GemmaDecoder(config.text, name="text", dtype=self.dtype_policy)
         self.build()
+
+    @property
+    def preprocessor(self):
+        return self._preprocessor
+
+    @preprocessor.setter
+    def preprocessor(self, preprocessor):
+        self._preprocessor = checked_preprocessor(preprocessor, self.config)
 
     @classmethod
     def from_preset(
@@ -572,11 +585,8 @@ class PaliGemma2(keras.Model):
         valid = ops.concatenate([in_image, real], axis=1)
         suffix = ops.concatenate([ops.logical_not(in_image), suffix], axis=1)
         x = ops.concatenate([images, self.text.embed(token_ids)], axis=1)
-        return x, {
-            "blocks": block_ids(suffix),
-            "positions": token_positions(valid),
-            "valid": valid,
-        }
+        blocks, positions = block_ids(suffix), token_positions(valid)
+        return x, {"blocks": blocks, "positions": positions, "valid": valid}
 
     def _masks(self, query, key):
         """Masks of the even and of the odd blocks, see `GemmaDecoder`."""
@@ -584,10 +594,8 @@ class PaliGemma2(keras.Model):
         window = self.config.text.sliding_window
         if window is None:
             return mask, mask
-        narrow = sliding_window_mask(
-            mask, query["blocks"], query["positions"], key["positions"], window
-        )
-        return narrow, mask
+        positions = query["positions"], key["positions"]
+        return sliding_window_mask(mask, query["blocks"], *positions, window), mask
 
     def _check_inputs(self, inputs):
         images_name = "image_tokens" if "image_tokens" in inputs else "images"
@@ -677,7 +685,7 @@ class PaliGemma2(keras.Model):
             ['2', '0']
             >>> model.generate("cat.jpg", "describe en", sampler=keras_pg2.Sample(0.7), seed=1)
         """
-        _check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
         sampler, stop = self._sampler_and_stop(sampler, stop)
         options = (sampler, max_new_tokens, stop)
         examples = _as_examples(images, prompts, responses)
@@ -750,7 +758,7 @@ class PaliGemma2(keras.Model):
         images, *_, is_single = batch_examples(images, "")
         if any(len(row) != 1 for row in images):
             raise ValueError("`images` must be an image or a list of images, not a list of lists.")
-        _check_positive(batch_size=batch_size)
+        check_positive(batch_size=batch_size)
         images = [image for (image,) in images]
         program = self.programs.get(
             self, ("encode",), self.encode_images, in_parts=True, record=True
@@ -790,7 +798,7 @@ class PaliGemma2(keras.Model):
             >>> for piece in model.stream("cat.jpg", "describe en"):
             ...     print(piece, end="", flush=True)
         """
-        _check_positive(max_new_tokens=max_new_tokens)
+        check_positive(max_new_tokens=max_new_tokens)
         sampler, stop = self._sampler_and_stop(sampler, stop)
         if self.preprocessor is None:
             raise ValueError(
@@ -963,8 +971,9 @@ class PaliGemma2(keras.Model):
         images, prompts, _, is_single = batch_examples(images, prompts if is_each else prompts[0])
         if any(len(row) != 1 for row in images):
             raise ValueError(f"`{task}` looks at one image at a time: pass a list of images.")
-        if options.get("responses"):
-            raise ValueError(f"`{task}` reads whole answers: leave `responses` out.")
+        own = ("responses", "details", *(["grammar"] if constrained else []))
+        if given := [name for name in own if options.get(name)]:
+            raise ValueError(f"`{task}` sets {own} itself: leave {given} out.")
         tokenizer = self._require_preprocessor().tokenizer
         codec = self.get_codec() if task == "segment" else None
         if constrained:
@@ -1038,8 +1047,9 @@ class PaliGemma2(keras.Model):
             )
         if not all(isinstance(candidate, str) for candidate in candidates):
             raise ValueError(f"`candidates` must be strings. Received: {candidates!r}")
-        _check_positive(batch_size=batch_size)
+        check_positive(batch_size=batch_size)
         images, prompts, _, is_single = batch_examples(images, prompts)
+        images = self._encode_once(images)
         encode = self._require_preprocessor().tokenizer.encode
         suffixes = [[*encode(candidate), EOS_ID] for candidate in candidates]
         rows = [([image], [prompt], [""]) for image, prompt in zip(images, prompts)]
@@ -1296,6 +1306,11 @@ class PaliGemma2(keras.Model):
             list of str, or float32 (B, T, V).
         """
         if not _is_raw(x):
+            if options:
+                raise ValueError(
+                    f"Of tokenized data `predict` gives logits, and {sorted(options)} have no "
+                    "effect. Pass raw data, or call `generate`."
+                )
             if isinstance(x, dict):
                 x = {name: array for name, array in x.items() if name != "loss_mask"}
             try:
@@ -1309,12 +1324,14 @@ class PaliGemma2(keras.Model):
         options["seed"] = generation.seed_sequence(options.get("seed"))
         num_batches = data.num_batches if steps is None else steps
         bar = keras.utils.Progbar(num_batches, verbose=0 if verbose == 0 else 1)
-        answers = []
+        answers, filling = [], None
         for batch in itertools.islice(data.raw_batches(), steps):
             images, prompts, _ = batches.columns_of(batch)
+            # A smaller last batch would be compiled anew, and so would one of one image alone.
+            filling = filling or images[:1]
             count = len(prompts)
-            missing = max(0, data.batch_size - count)  # else the last batch is compiled anew
-            images, prompts = images + images[-1:] * missing, prompts + prompts[-1:] * missing
+            missing = max(0, data.batch_size - count)
+            images, prompts = images + filling * missing, prompts + prompts[-1:] * missing
             answers += self.generate(images, prompts, batch_size=len(prompts), **options)[:count]
             bar.add(1)
         return answers
@@ -1530,8 +1547,17 @@ class PaliGemma2(keras.Model):
 
         Raises:
             ValueError: if a path is of no linear layer, or LoRA is enabled.
+
+        Example:
+            >>> options = keras_pg2.LoraOptions(rank=8, alpha=16, dropout=0.0)
+            >>> model.enable_lora_on({"projector": options})
         """
         layers = self._linear_layers()
+        if not options or not all(isinstance(one, LoraOptions) for one in options.values()):
+            raise ValueError(
+                "`options` must be a dict of at least one layer path to `keras_pg2.LoraOptions`. "
+                f"Received: {options!r:.80}"
+            )
         if unknown := sorted(set(options) - set(layers)):
             raise ValueError(f"The model has no linear layers with the paths {unknown}")
         if enabled := self.lora_layers():
@@ -1882,17 +1908,13 @@ class _Watch(keras.callbacks.Callback):
             )
 
 
-def _check_arguments(config, preprocessor, dtype_policy):
+def _check_arguments(config, dtype_policy):
     """Refuses what no PaliGemma2 can be made of."""
-    if preprocessor is not None and preprocessor.image_size != config.vision.image_size:
-        raise ValueError(
-            "`preprocessor` and `config` must have the same image size. Received: "
-            f"{preprocessor.image_size} and {config.vision.image_size}"
-        )
-    if preprocessor and preprocessor.tokenizer.vocab_size > config.text.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {preprocessor.tokenizer.vocab_size} tokens, but the model "
-            f"only {config.text.vocab_size}: it is another model's tokenizer."
+    if not isinstance(config, PaliGemmaConfig):
+        raise TypeError(
+            "`config` must be a PaliGemmaConfig, such as `PaliGemmaConfig.from_variant("
+            "'paligemma2-3b')`; `from_preset` makes models with weights. "
+            f"Received: {config!r:.80}"
         )
     is_map = isinstance(dtype_policy, keras.dtype_policies.DTypePolicyMap)
     for policy in (dtype_policy, *(dtype_policy.values() if is_map else ())):
@@ -1950,13 +1972,9 @@ def _read(weights, dtypes, quantized=()):
 
 def _each(prompt, texts, lang):
     """A prompt for a text, or prompts for several."""
+    if not isinstance(texts, str) and not np.iterable(texts):
+        raise ValueError(f"Ask with a str, or with a list of str. Received: {texts!r}")
     return prompt(texts, lang) if isinstance(texts, str) else [prompt(x, lang) for x in texts]
-
-
-def _check_positive(**options):
-    for name, value in options.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
 
 
 def _starts(grammar, count):

@@ -297,6 +297,23 @@ def batch_examples(images, prompts, responses=None):
     return images, prompts, responses, one_image and one_prompt and one_response
 
 
+def checked_preprocessor(preprocessor, config):
+    """The Preprocessor, or None; a ValueError unless it makes what a model of the config reads."""
+    if preprocessor is None:
+        return None
+    if preprocessor.image_size != config.vision.image_size:
+        raise ValueError(
+            "`preprocessor` and `config` must have the same image size. Received: "
+            f"{preprocessor.image_size} and {config.vision.image_size}"
+        )
+    if preprocessor.tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {preprocessor.tokenizer.vocab_size} tokens, but the model "
+            f"only {config.text.vocab_size}: it is another model's tokenizer."
+        )
+    return preprocessor
+
+
 def _images_of(item):
     """The images of an example, as a list."""
     if _is_array(item) and len(item.shape) == 4:

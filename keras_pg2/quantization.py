@@ -153,7 +153,9 @@ class QuantizedMatrix(keras.layers.Layer):
         """A tensor of codes, a NumPy array as in files, laid out as `codes` are."""
         codes = _backend.from_numpy(codes, self.codes.dtype)
         if self.mode == "int4" and codes.shape == self.codes.shape:
-            codes = _backend.tile_int4(codes, _backend.int4_tile(codes, self.compute_dtype))
+            is_new = self.codes._value is None
+            tile = _backend.int4_tile(codes, self.compute_dtype) if is_new else self._tile
+            codes = _backend.tile_int4(codes, tile)
         return codes
 
     def codes_in_file(self):
@@ -217,11 +219,11 @@ class QuantizedMatrix(keras.layers.Layer):
             float (..., C), in the dtype of `y`.
         """
         if _backend.IS_COMPILED:
-            on_tpu = functools.partial(self._multiply_back_in_loop, in_parts=False)
+            on_tpu = functools.partial(self._multiply_back_in_loop, in_slices=False)
             function = self._multiply_back_in_loop
             return _backend.by_platform({"tpu": on_tpu}, function, y, codes, scales)
         total, start = 0.0, 0
-        for matrix, scale in self._parts(codes, scales, y.dtype):
+        for matrix, scale in self._decoded_slices(codes, scales, y.dtype):
             part = y[..., start : start + matrix.shape[0]]
             part = part if scale is None else _times(part, scale, y.dtype)
             # A vocabulary has hundreds of parts, whose sum must not be rounded each time.
@@ -243,7 +245,7 @@ class QuantizedMatrix(keras.layers.Layer):
 
     def values(self, dtype):
         """float (R, C), the matrix."""
-        parts = self._parts(self.codes.value, self.scales.value, dtype)
+        parts = self._decoded_slices(self.codes.value, self.scales.value, dtype)
         return ops.concatenate(
             [x if scale is None else _times(x, scale[:, None], dtype) for x, scale in parts]
         )
@@ -284,7 +286,7 @@ class QuantizedMatrix(keras.layers.Layer):
             return multiply(x, codes, scales)
         functions = {
             "cpu": functools.partial(self._multiply_on_cpu, in_float32=in_float32),
-            "tpu": functools.partial(multiply, in_parts=False),
+            "tpu": functools.partial(multiply, in_slices=False),
         }
         if self.mode == "int4":
             on_cuda = self._multiply_by_sums if is_few else self._multiply_decoded
@@ -293,21 +295,23 @@ class QuantizedMatrix(keras.layers.Layer):
             functions["tpu"] = functools.partial(self._multiply_one_on_tpu, in_float32=in_float32)
         return _backend.by_platform(functions, multiply, x, codes, scales)
 
-    def _multiply_decoded(self, x, codes, scales, in_float32, in_parts=True):
+    def _multiply_decoded(self, x, codes, scales, in_float32, in_slices=True):
         product = _backend.matmul_transposed_float32 if in_float32 else _matmul_transposed
         outputs = []
-        for matrix, scale in self._parts(codes, scales, x.dtype, x, in_parts):
+        for matrix, scale in self._decoded_slices(codes, scales, x.dtype, x, in_slices):
             output = product(x, matrix)
             outputs.append(output if scale is None else _times(output, scale, output.dtype))
         return ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
 
-    def _multiply_int4(self, x, codes, scales, in_float32, in_parts=True):
+    def _multiply_int4(self, x, codes, scales, in_float32, in_slices=True):
         """The product by halves of bytes; a compiler decodes as it multiplies."""
         inputs = ops.reshape(x, (-1, self.num_columns))
         if _backend.has_few_rows(x, _backend.MAX_QUANTIZED_ROWS["int4"]):
             outputs = self._multiply_few_by_int4(inputs, codes, scales)
         else:
-            parts = [(codes[:, part], scales[:, part]) for part in self._row_slices(None, in_parts)]
+            parts = [
+                (codes[:, part], scales[:, part]) for part in self._row_slices(None, in_slices)
+            ]
             outputs = [self._multiply_many_by_int4(inputs, *part) for part in parts]
             outputs = ops.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
         outputs = outputs if in_float32 else ops.cast(outputs, x.dtype)
@@ -415,7 +419,7 @@ class QuantizedMatrix(keras.layers.Layer):
         halves = zip(_backend.halves_of_int4(codes), ops.split(scales, 2), ops.split(offsets, 2))
         return [(ops.cast(half, dtype) - 8) * scale + offset for half, scale, offset in halves]
 
-    def _multiply_back_in_loop(self, y, codes, scales, in_parts=True):
+    def _multiply_back_in_loop(self, y, codes, scales, in_slices=True):
         """By parts in turn, since a compiler would decode all at once; or as a whole, for a TPU."""
         axis = 1 if self.mode == "int4" else 0
         num_rows = scales.shape[axis]
@@ -428,7 +432,7 @@ class QuantizedMatrix(keras.layers.Layer):
             return self._multiply_part_back(_backend.read(inputs, start, length), *rows)
 
         max_length = max(1, _MAX_DECODED_BACK // (self.num_columns * ROW_MULTIPLE)) * ROW_MULTIPLE
-        count = -(-num_rows // max_length) if in_parts else 1
+        count = -(-num_rows // max_length) if in_slices else 1
         first = num_rows - (count - 1) * max_length
         total = part(0, first)
         if count > 1:
@@ -446,19 +450,19 @@ class QuantizedMatrix(keras.layers.Layer):
             halves = [_backend.einsum_float32("br,hrg->bhg", inputs, half) for half in halves]
             outputs = ops.reshape(ops.concatenate(halves, axis=1), (-1, self._padded_columns))
             return outputs[:, : self.num_columns]
-        if keras.backend.standardize_dtype(dtype) == "float16":  # see `_parts`
+        if keras.backend.standardize_dtype(dtype) == "float16":  # see `_decoded_slices`
             matrix = self._decode(codes, scales, dtype)
         else:
             inputs, matrix = _times(inputs, scales, dtype), ops.cast(codes, dtype)
         return ops.cast(ops.matmul(inputs, matrix), "float32")
 
-    def _parts(self, codes, scales, dtype, x=None, in_parts=True):
-        """The matrix in parts of some rows: float (r, C), and what its products must be scaled by.
+    def _decoded_slices(self, codes, scales, dtype, x=None, in_slices=True):
+        """Slices of the matrix, float (r, C), and what their products must be scaled by.
 
         Integers are exact in bfloat16 and casts are fused with products, so int8 is scaled after
         them; not in float16, which the products would leave.
         """
-        for part in self._row_slices(x, in_parts):
+        for part in self._row_slices(x, in_slices):
             count = min(part.stop, self.num_rows) - part.start
             if self.mode == "int4":
                 packed, part_scales = codes[:, part], scales[:, part]
@@ -475,14 +479,14 @@ class QuantizedMatrix(keras.layers.Layer):
             else:
                 yield ops.cast(codes[part], dtype), scales[part]
 
-    def _row_slices(self, x, in_parts):
+    def _row_slices(self, x, in_slices):
         """Slices of the rows of `codes`, each of what may be decoded at a time.
 
         Not for a TPU: its compiler decodes inside the product, and of rows that are spread over
         chips it would gather parts.
         """
         num_rows = self.scales.shape[1 if self.mode == "int4" else 0]
-        if not in_parts:
+        if not in_slices:
             return [slice(0, num_rows)]
         may_fuse = self.mode == "int8" and _backend.IS_COMPILED and x is not None
         if may_fuse and _backend.has_few_rows(x, _backend.MAX_QUANTIZED_ROWS["int8"]):
@@ -561,10 +565,13 @@ class Quantizable:
         self.check_quantizable()
         matrix = getattr(self, f"_{self.matrix_name}")
         shape = matrix.shape[::-1] if self._is_transposed else matrix.shape
+        policy = self.dtype_policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            policy = policy[self.path]  # the matrix has another path
         with unlocked(self), self._open_name_scope():  # else the new variables lose their path
             _backend.remove_attribute(self, f"_{self.matrix_name}")
             self.quantized = QuantizedMatrix(
-                *shape, mode, group_size, name="quantized", dtype=self.dtype_policy
+                *shape, mode, group_size, name="quantized", dtype=policy
             )
             self.quantized.build()
 

@@ -42,9 +42,6 @@ class SiglipAttention(DirectCall, layers.Layer):
         output = attention(query, ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2))
         return self.output_projection(_backend.reshape(output, (-1, ops.shape(x)[1], config.width)))
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
 
 def _gelu(x):
     return activations.gelu(x, approximate=True)
@@ -80,9 +77,6 @@ class SiglipMLP(DirectCall, layers.Layer):
     def _multiply(self, x):
         return self.down(_backend.recomputed(_gelu)(self.up(x)))
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
 
 class SiglipBlock(DirectCall, layers.Layer):
     """Transformer block: attention and MLP, each after a layer norm, each added to the stream.
@@ -116,9 +110,6 @@ class SiglipBlock(DirectCall, layers.Layer):
         # Not `+`: a DTypePolicyMap may give different dtypes.
         x = ops.add(x, self.attention(_backend.recomputed(self.pre_attention_norm)(x)))
         return ops.add(x, self.mlp(_backend.recomputed(self.pre_mlp_norm)(x)))
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
 
 
 class SiglipTower(DirectCall, layers.Layer):
@@ -178,9 +169,6 @@ class SiglipTower(DirectCall, layers.Layer):
             else:
                 x = _backend.part(block.__call__)(x, training=training)
         return self.final_norm(x)
-
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], self.config.num_tokens, self.config.width)
 
 
 class LayerNorm(DirectCall, layers.LayerNormalization):

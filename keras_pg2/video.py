@@ -4,6 +4,8 @@ import os
 
 import numpy as np
 
+from keras_pg2.config import check_positive
+
 
 def frames_from_video(path, count=16):
     """Images at equal distances in time, from the first to the last.
@@ -29,8 +31,7 @@ def frames_from_video(path, count=16):
     except ImportError as error:
         raise ImportError("`frames_from_video` needs `pip install av`.") from error
     path = os.fspath(path)
-    if not isinstance(count, (int, np.integer)) or count < 1:
-        raise ValueError(f"`count` must be a positive integer. Received: count={count!r}")
+    check_positive(count=count)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No such video file: {path!r}")
     try:

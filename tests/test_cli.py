@@ -241,6 +241,16 @@ def test_arguments_are_checked_before_a_model_is_loaded(image_path, capsys, comm
     assert message in capsys.readouterr().err
 
 
+def test_convert_with_the_tokenizer_of_another_model(data, tmp_path, capsys):
+    folder = os.path.join(os.path.dirname(keras_pg2.tiny.__file__), "paligemma2-tiny-digits-112")
+    tokenizer = os.path.join(folder, "tokenizer.model")
+    source, destination = str(data / "bv_tiny_paligemma2.npz"), str(tmp_path / "out")
+    command = ["convert", source, destination, "--to", "preset", "--tokenizer", tokenizer]
+    assert cli.main(command) == 1
+    assert "it is another model's tokenizer" in capsys.readouterr().err
+    assert not os.path.exists(destination)
+
+
 def test_npz_without_a_tokenizer(data, image_path, tmp_path, capsys):
     path = str(tmp_path / "model.npz")
     cli.main(["convert", str(data / "hf_tiny_paligemma2"), path, "--to", "big-vision"])

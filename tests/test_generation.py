@@ -585,7 +585,7 @@ def test_stream_and_generate_share_programs(data, image):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "`max_new_tokens` must be a positive integer. Received: 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be a positive integer. Received: .*=0"),
         ({"max_new_tokens": 2.5}, "`max_new_tokens`"),
         ({"batch_size": -1}, "`batch_size`"),
         ({"sampler": "nucleus"}, "`sampler` must be one of .*'top_p'.*Received: sampler='nucleus'"),
@@ -613,6 +613,7 @@ def test_bad_options(model, image, options, message):
         (Sample, {"top_p": "1"}),
         (Sample, {"top_k": 0}),
         (Sample, {"top_k": 1.5}),
+        (Sample, {"top_k": True}),
         (Sample, {"top_p": 0.0}),
         (Sample, {"top_p": 1.1}),
         (Beam, {"num_beams": 0}),
@@ -622,6 +623,11 @@ def test_bad_samplers(sampler, options):
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}="):
         sampler(**options)
+
+
+def test_samplers_of_numpy_integers():
+    assert Sample(top_k=np.int64(5)) == Sample(top_k=5)
+    assert Beam(np.int32(3)) == Beam(3)
 
 
 def test_long_prompt(model, image):
@@ -634,6 +640,8 @@ def test_long_prompt(model, image):
 def test_bad_texts(model, image):
     with pytest.raises(ValueError, match=r"`prompts` must be a str or a list of str. Received: 3"):
         model.generate(image, 3)
+    with pytest.raises(ValueError, match=r"a list of str. Received: None"):
+        model.answer(image, None)
     for responses in (0, 3):
         with pytest.raises(ValueError, match=rf"`responses` must be .* Received: {responses}"):
             model.generate(image, "ocr", responses)
@@ -658,6 +666,7 @@ def test_bad_dicts(model, image):
         ({"images": np.full((1, 42, 42, 3), np.nan, "float32")}, "finite floats.*nan"),
         ({"images": np.full((1, 42, 42, 3), 255, "float32")}, r"in \[-1, 1\].*255"),
         ({"images": np.zeros((1, 42, 42, 3), "uint8")}, "dtype uint8"),
+        ({"token_ids": np.ones((1, 0), int)}, r"at least one token.*shape \(1, 0\)"),
         ({"token_ids": np.full((1, 3), 1664)}, r"integers in \[0, 1664\).*1664"),
         ({"token_ids": np.ones((1, 3))}, "dtype float"),
         ({"padding_mask": np.zeros((1, 3), bool)}, "at least one real token"),

@@ -247,6 +247,7 @@ def test_new_values_of_weights(tiny, image, graphs):
     assert_equal([tiny.generate(image, "ocr", **options)], [before])
     for key_and_recording in taken:  # by a thread that used them so long
         kept.keep(*key_and_recording)
+    assert not kept._recordings.keys() & dict(taken).keys()
     assert_equal([tiny.generate(image, "ocr", **options)], [before])
     assert not np.allclose(after.log_probs, before.log_probs, atol=1e-5)
     tiny.enable_lora(rank=2)

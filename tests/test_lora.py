@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from keras import ops
 
-from keras_pg2 import GemmaConfig, PaliGemma2, PaliGemmaConfig, SiglipConfig
+from keras_pg2 import GemmaConfig, LoraOptions, PaliGemma2, PaliGemmaConfig, SiglipConfig
 from keras_pg2.checkpoints import adapters
 from keras_pg2.linear import Linear
 
@@ -410,9 +410,14 @@ def test_model_errors():
     for options in ({"rank": 0}, {"rank": 2.5}, {"dropout": 1}, {"alpha": -1}):
         with pytest.raises(ValueError, match="Received: "):
             model.enable_lora(**options)
+    options = LoraOptions(rank=4, alpha=8, dropout=0.0)
     with pytest.raises(ValueError, match=r"no linear layers with the paths \['text/nothing'\]"):
-        model.enable_lora_on({"text/nothing": None})
+        model.enable_lora_on({"text/nothing": options})
+    for wrong in ({}, {"projector": {"rank": 4}}):
+        with pytest.raises(ValueError, match="of at least one layer path to "):
+            model.enable_lora_on(wrong)
     assert model.lora_layers() == {}
+    assert model.projector.kernel.trainable  # nothing was frozen
     for method in (model.merge_lora, model.unmerge_lora, model.drop_lora):
         with pytest.raises(ValueError, match="The model has no LoRA"):
             method()

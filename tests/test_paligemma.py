@@ -98,9 +98,20 @@ def test_bad_inputs(model, inputs):
         model(inputs | {"suffix_mask": inputs["suffix_mask"][0]})
 
 
-def test_preprocessor_of_another_size(tokenizer):
+def test_a_preprocessor_of_another_model(tokenizer):
     with pytest.raises(ValueError, match=r"same image size.*56 and 28"):
         PaliGemma2(_tiny(), Preprocessor(tokenizer, 56))
+    model = PaliGemma2(_tiny())
+    with pytest.raises(ValueError, match=r"same image size.*56 and 28"):
+        model.preprocessor = Preprocessor(tokenizer, 56)
+    with pytest.raises(ValueError, match=r"but the model only .* another model's tokenizer"):
+        model.preprocessor = Preprocessor(tokenizer, 28)
+    assert model.preprocessor is None
+
+
+def test_a_name_is_no_config():
+    with pytest.raises(TypeError, match=r"from_variant.*Received: 'paligemma2-3b'"):
+        PaliGemma2("paligemma2-3b")
 
 
 def test_a_quantized_policy():

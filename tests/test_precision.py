@@ -168,6 +168,38 @@ def test_dtypes_of_single_layers(data, inputs, default, pattern, dtype):
     expected = _logits(PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32"), inputs)
     error = _rms(_logits(model, inputs) - expected)
     assert 0 < error < BOUNDS["bfloat16"] * _rms(expected)
+    dtypes = {path: layer.compute_dtype for path, layer in model._quantizable_layers().items()}
+    model.quantize("int8")
+    for path, layer in model._quantizable_layers().items():
+        assert layer.quantized.compute_dtype == layer.compute_dtype == dtypes[path]
+
+
+def test_a_cache_of_another_dtype(run_in_program):
+    def function(buffer, values):
+        return _backend.write_cache(buffer, values, 3)
+
+    buffer, values = np.zeros((1, 2, 5, 4), "float32"), np.full((1, 2, 1, 4), 0.5, "float16")
+    written = run_in_program(function, in_parts=True)(*map(ops.convert_to_tensor, (buffer, values)))
+    buffer[:, :, 3] = 0.5
+    np.testing.assert_array_equal(ops.convert_to_numpy(written), buffer)
+
+
+@pytest.mark.skipif(_backend.BACKEND == "tensorflow", reason="it has no default device per thread")
+def test_threads_use_the_device_of_their_caller():
+    name = {"torch": "meta", "jax": "cpu:0"}[_backend.BACKEND]
+
+    def default_device():
+        if _backend.BACKEND == "torch":
+            return ops.zeros(1).device.type
+        import jax
+
+        return jax.config.jax_default_device
+
+    with keras.device(name):
+        expected = default_device()
+        places = list(_backend.prefetch(default_device, [()] * 4, threads=2))
+    assert expected is not None
+    assert places == [expected] * 4
 
 
 def test_linear_in_float16():
@@ -253,6 +285,15 @@ def test_logits_are_not_rounded(dtype, num_rows):
     logits = _backend.to_numpy(_program(_backend.matmul_transposed_float32, x, matrix))
     assert logits.dtype == "float32"
     np.testing.assert_allclose(logits, x64 @ matrix64.T, atol=1e-3)
+
+
+def test_all_logits_may_be_exact():
+    rng = np.random.default_rng(0)
+    x = ops.cast(rng.normal(size=(1, 64)) * 3, "bfloat16")
+    matrix = ops.cast(rng.normal(size=(2000, 64)), "bfloat16")
+    logits = _backend.matmul_transposed_float32(x, matrix, all_exact=True)
+    expected = ops.matmul(ops.cast(x, "float32"), ops.transpose(ops.cast(matrix, "float32")))
+    np.testing.assert_allclose(*map(ops.convert_to_numpy, (logits, expected)), atol=1e-3)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

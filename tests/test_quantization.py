@@ -174,6 +174,7 @@ def test_the_layout_of_int4_on_a_gpu(int4_of_a_gpu, shape, group_size):
         matrix.build()
         matrix.assign(*matrix.encode(values))
         assert matrix._tile is layout
+    plain.assign(*plain.encode(values))  # in the layout that it has
     assert torch.equal(tiled.values("float32"), plain.values("float32"))
     rows = torch.tensor([[3, 9, shape[0] - 1]])
     assert torch.equal(tiled.take(rows), plain.take(rows))

@@ -519,8 +519,11 @@ def test_detect_bad_input(model, image):
             model.detect(image, things)
     with pytest.raises(ValueError, match="one image at a time"):
         model.detect([[image, image]], "cat")
-    with pytest.raises(ValueError, match="leave `responses` out"):
-        model.detect(image, "cat", responses="<loc0001>")
+    for options in ({"responses": "<loc0001>"}, {"details": True}):
+        with pytest.raises(ValueError, match=rf"leave \['{next(iter(options))}'\] out"):
+            model.detect(image, "cat", **options)
+    with pytest.raises(ValueError, match=r"leave \['grammar'\] out"):
+        model.detect(image, "cat", constrained=True, grammar=keras_pg2.Grammar(9))
     with pytest.raises(ValueError, match="as many"):
         model.detect([image, image], [["cat"], ["dog"], ["cow"]])
 
@@ -553,6 +556,9 @@ def test_an_image_of_several_prompts_is_encoded_once(model, image, monkeypatch):
     other = image[::-1].copy()
     model.generate([image, other, image], "ocr", max_new_tokens=1)
     assert len(encoded) == 1  # several images may not fit
+    scores = model.score(image, prompts, ["cat", "7"])
+    assert len(encoded) == 2
+    np.testing.assert_allclose(scores[1], model.score(image, prompts[1], ["cat", "7"]), rtol=1e-5)
 
 
 CANDIDATES = ["cat", "a red dog", "7", "cats and cows"]

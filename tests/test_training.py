@@ -637,6 +637,8 @@ def test_another_frozen_block_changes_no_result(tokenizer, columns, training_inp
         model.freeze(f"text/block_{block}/")
         losses.append(model.evaluate(columns, batch_size=10, verbose=0, return_dict=True)["loss"])
         logits.append(model.predict(inputs, verbose=0))
+        with pytest.raises(ValueError, match=r"\['max_new_tokens'\] have no effect"):
+            model.predict(inputs, max_new_tokens=3)
         model.unfreeze()
     assert losses[0] == losses[1]
     np.testing.assert_array_equal(*logits)
@@ -682,6 +684,18 @@ def test_predict_draws_as_generate_does(tokenizer, columns):
     expected = model.generate(columns["images"], "ocr", **options)
     assert len(set(expected)) > 2
     assert model.predict(columns, batch_size=4, verbose=0, **options) == expected
+
+
+def test_a_last_batch_of_one_is_not_compiled_anew(tokenizer, columns):
+    model = micro_model(tokenizer)
+    columns = {name: column[:3] for name, column in columns.items()}
+    expected = model.generate(columns["images"], "ocr", max_new_tokens=2)
+    calls, generate = [], model.generate
+    model.generate = lambda images, *args, **options: (
+        calls.append(len({id(image) for (image,) in images})) or generate(images, *args, **options)
+    )
+    assert model.predict(columns, batch_size=2, verbose=0, max_new_tokens=2) == expected
+    assert calls == [2, 2]  # of one image alone it would be encoded first
 
 
 def test_the_length_may_change(tokenizer, columns):
