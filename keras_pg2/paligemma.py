@@ -310,8 +310,9 @@ class PaliGemma2(keras.Model):
     def save_hf(self, folder, *, dtype=None, overwrite=False):
         """Writes a folder that transformers' `from_pretrained` loads, with processor files.
 
-        `from_preset` reads no `sequence_length`, interpolation or dropout from such a folder: a
-        model to train on is better kept by `save_to_preset`.
+        `from_preset` reads no `sequence_length`, interpolation, dropout or `sliding_window=4096`
+        from such a folder: transformers writes that window, without which PaliGemma was trained.
+        A model to train on is better kept by `save_to_preset`.
 
         Args:
             folder: path.
@@ -338,9 +339,18 @@ class PaliGemma2(keras.Model):
     def save_big_vision(self, path, *, dtype=None, overwrite=False):
         """Writes a `.npz` that big_vision loads. It holds neither config nor tokenizer.
 
+        `from_preset` reads sizes off the shapes and takes the published values of all else. If
+        the model has others, as `final_logit_softcap=None`, a warning names the arguments that
+        give them back.
+
         Args:
             path: path of the file.
             dtype, overwrite: see `save_hf`.
+
+        Raises:
+            FileExistsError: if `path` exists and `overwrite` is False.
+            ValueError: if `path` does not end in `.npz`, `norm_eps` is not 1e-6, the model is
+                quantized, or a subclass added weights.
         """
         self._save(path, "big-vision", dtype, overwrite)
 

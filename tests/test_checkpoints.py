@@ -749,6 +749,44 @@ def test_a_sliding_window_is_kept(data, tmp_path, format):
     assert presets.find_checkpoint(tmp_path / "out").config == model.config
 
 
+def test_fields_that_a_npz_does_not_hold_are_told(data, tmp_path, inputs, caplog):
+    changes = {
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcap": 40.0,
+        "final_logit_softcap": None,
+        "sliding_window": 3,
+        "max_positions": 64,
+        "rope_base": 500.0,
+        "dropout": 0.1,
+    }
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32", **changes)
+    path = tmp_path / "out.npz"
+    model.save_big_vision(path)
+    told = ", ".join(f"{field}={value!r}" for field, value in changes.items())
+    assert f"`from_preset(..., {told})`" in caplog.text
+    read = PaliGemma2.from_preset(path, dtype="float32", **changes)
+    assert read.config == model.config
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(read(inputs)), ops.convert_to_numpy(model(inputs))
+    )
+    caplog.clear()
+    PaliGemma2(presets.find_checkpoint(path).config).save_big_vision(path, overwrite=True)
+    assert not caplog.records  # all as it will be read
+    vision = dataclasses.replace(model.config.vision, norm_eps=1e-5)
+    model = PaliGemma2(dataclasses.replace(model.config, vision=vision))
+    with pytest.raises(ValueError, match=r"norm_eps=1e-06 in the vision tower. Received: .*1e-05"):
+        model.save_big_vision(tmp_path / "eps.npz")
+
+
+@pytest.mark.parametrize("format", ["hf", "keras-hub"])
+def test_the_window_that_is_not_read_is_told(data, tmp_path, format, caplog):
+    model = PaliGemma2.from_preset(data / "keras_hub_tiny_paligemma2", sliding_window=4096)
+    model._save(tmp_path / "out", format)
+    assert "`from_preset(..., sliding_window=4096)`" in caplog.text
+    read = PaliGemma2.from_preset(tmp_path / "out", sliding_window=4096)
+    assert read.config == model.config
+
+
 def test_scaled_positions_are_refused(data, tmp_path):
     folder = shutil.copytree(data / "hf_tiny_paligemma2", tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())

@@ -575,6 +575,9 @@ def save_checkpoint(
         codec: bytes or None, file of a `<seg>` codec. Only "preset" holds one; without
             it a warning is logged.
 
+    Logs a warning with the arguments that `from_preset` needs if it would not read all of the
+    config from the checkpoint.
+
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False, is a file instead of a folder or
             the other way round, or a folder that holds other things than a checkpoint.
@@ -595,13 +598,19 @@ def save_checkpoint(
     weights = {name: tensor.cast(dtype) for name, tensor in weights.items()}
     stored_dtype = io.common_dtype(weights.values())
     tensors = io.to_source(weights, format, config)
-    files = {}
+    files, found = {}, config
     if format == "hf":
         files = _hugging_face_files(config, stored_dtype, preprocessor)
+        found = _hugging_face_config(files["config.json"])
     elif format == "keras-hub":
         files = _keras_hub_files(config, stored_dtype, preprocessor, weights)
-    elif format == "preset":
+        found = _keras_hub_config(files["config.json"]["config"])
+    elif format == "big-vision":
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        found = _big_vision_config(shapes, path)
+    else:
         files = _preset_files(config, preprocessor)
+    _warn_of_lost_fields(format, config.to_dict(), found.to_dict())
     if codec is not None and format == "preset":
         files[CODEC_FILE] = codec
     elif codec is not None:
@@ -630,6 +639,28 @@ def save_checkpoint(
             io.write_h5(os.path.join(new, "model.weights.h5"), tensors, bar.update)
         else:
             io.write_safetensors(new, tensors, bar.update)
+
+
+def _warn_of_lost_fields(format, config, found):
+    """Warns of config fields that `found`, what `from_preset` reads, has other values of."""
+    lost = []
+    for tower, fields in config.items():
+        for field, value in fields.items():
+            if value == found[tower][field]:
+                continue
+            if all(field in other for other in config.values()):  # `from_preset` cannot set it
+                raise ValueError(
+                    f"A checkpoint of the format {format!r} has {field}={found[tower][field]} in "
+                    f"the {tower} tower. Received: {field}={value}"
+                )
+            lost.append(f"{field}={value!r}")
+    if lost:
+        _LOG.warning(
+            "A checkpoint of the format %r does not tell all of this config. Read it by "
+            "`from_preset(..., %s)`.",
+            format,
+            ", ".join(lost),
+        )
 
 
 def upload(target, write):
