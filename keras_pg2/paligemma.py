@@ -357,6 +357,9 @@ class PaliGemma2(keras.Model):
     def upload_preset(self, target, *, format="preset", dtype=None):
         """Writes the model to a temporary folder and uploads it to Hugging Face or Kaggle.
 
+        Files of a model that was there, and that this one lacks, are deleted; others, such as a
+        README, stay on Hugging Face.
+
         Args:
             target: "hf://org/repo", which everybody may read if it is new, or
                 "kaggle://owner/model/framework/variation".
@@ -371,7 +374,7 @@ class PaliGemma2(keras.Model):
             raise ValueError(
                 f"`format` must be 'preset', 'hf' or 'keras-hub'. Received: format={format!r}"
             )
-        presets.upload(target, lambda path: self._save(path, format, dtype))
+        presets.upload(target, lambda path: self._save(path, format, dtype), presets.WRITTEN_FILES)
 
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(

@@ -1103,6 +1103,21 @@ def test_a_folder_with_one_npz(data, tmp_path):
     assert presets.find_checkpoint(tmp_path).format == "big-vision"
 
 
+def test_all_files_that_are_written_are_replaced(model, tmp_path):
+    written = set()
+    for format in ("preset", "hf", "keras-hub"):
+        folder = tmp_path / format
+        model._save(folder, format)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        written |= {path.relative_to(folder).as_posix() for path in files}
+    assert set(presets.WRITTEN_FILES) - written == {
+        presets.CODEC_FILE,
+        "model-?????-of-?????.safetensors",
+        "model.safetensors.index.json",
+    }
+    assert written < set(presets.WRITTEN_FILES)
+
+
 def test_upload(model, monkeypatch):
     hub, kaggle = pytest.importorskip("huggingface_hub"), pytest.importorskip("kagglehub")
     calls = []
@@ -1112,8 +1127,9 @@ def test_upload(model, monkeypatch):
         is_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
         format = "adapter" if is_adapter else presets.find_checkpoint(folder).format
         calls.append((kwargs.get("repo_id") or args[0], format))
+        deleted.append(kwargs.get("delete_patterns"))
 
-    made = []
+    made, deleted = [], []
     monkeypatch.setattr(hub, "whoami", lambda: None)
     monkeypatch.setattr(hub, "create_repo", lambda name, exist_ok: made.append(name))
     monkeypatch.setattr(hub, "upload_folder", record)
@@ -1128,6 +1144,11 @@ def test_upload(model, monkeypatch):
         ("me/mine/keras/tiny", "keras-hub"),
         ("me/adapter", "adapter"),
     ]
+    # Hugging Face keeps what an upload lacks, and an old `model.safetensors` hides new shards.
+    old = ["model.safetensors", "model-00001-of-00002.safetensors", presets.CODEC_FILE]
+    kept = ["README.md", "images/config.json", "adapter_model.safetensors", "chat_template.json"]
+    assert [*hub.utils.filter_repo_objects([*old, *kept], allow_patterns=deleted[0])] == old
+    assert deleted[1:] == [None, None]  # an adapter may lie beside a model
     with pytest.raises(ValueError, match="Call `enable_lora` or"):
         model.upload_adapter("hf://me/adapter")
     assert made == ["me/mine", "me/adapter"]

@@ -25,6 +25,14 @@ _OFFICIAL = re.compile(
     r"|paligemma-3b-(pt-(224|448|896)|mix-(224|448)|ft-[a-z0-9-]+-(224|448|896))"
 )
 _HUB_FILES = ("*.json", "*.safetensors", "*.npz", "tokenizer.model", "*.weights.h5", "assets/**")
+# What `save_checkpoint` may write to a folder, in any format.
+WRITTEN_FILES = [
+    *("config.json", "tokenizer.model", "model.safetensors", "model.safetensors.index.json"),
+    *("model-?????-of-?????.safetensors", CODEC_FILE),
+    *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("model.weights.h5", "metadata.json", "tokenizer.json", "image_converter.json"),
+    *("preprocessor.json", "task.json", "assets/tokenizer/vocabulary.spm"),
+]
 _PRESET_VERSION = 1
 
 
@@ -663,12 +671,15 @@ def _warn_of_lost_fields(format, config, found):
         )
 
 
-def upload(target, write):
+def upload(target, write, replaced=None):
     """Writes a folder and uploads it to a hub.
 
     Args:
         target: "hf://org/repo", made if missing, or "kaggle://owner/model/framework/variation".
         write: callable that writes the folder at a path, which may take long.
+        replaced: list of patterns of file names, or None. Files of these names that are there and
+            are not written now are deleted from Hugging Face. A version on Kaggle has only what is
+            written.
 
     Raises:
         ImportError: if the hub's package is missing.
@@ -695,7 +706,9 @@ def upload(target, write):
         write(path)
         if hub == "hf":
             huggingface_hub.create_repo(handle, exist_ok=True)
-            huggingface_hub.upload_folder(repo_id=handle, folder_path=path)
+            huggingface_hub.upload_folder(
+                repo_id=handle, folder_path=path, delete_patterns=replaced
+            )
         else:
             kagglehub.model_upload(handle, path)
 
