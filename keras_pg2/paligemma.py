@@ -156,7 +156,7 @@ class PaliGemma2(keras.Model):
 
         Raises:
             ConnectionError: if a download fails.
-            FileNotFoundError: if there is no checkpoint.
+            FileNotFoundError: if there is no checkpoint, or a file of it is missing.
             ImportError: if the package of a hub is missing.
             PermissionError: if a licence must be accepted first; the message says where.
             ValueError: if it is damaged, of another model, or does not fit its config.
@@ -177,13 +177,7 @@ class PaliGemma2(keras.Model):
             weights = io.resize_positions(weights, config, image_size)
             config = resized
         config = config.replace(**changes)
-        tokenizer = tokenizer or checkpoint.tokenizer
-        if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = Tokenizer.from_file(tokenizer)
-        preprocessor = None
-        if tokenizer is not None:
-            size = config.vision.image_size
-            preprocessor = Preprocessor(tokenizer, size, **checkpoint.preprocessing)
+        preprocessor = checkpoint.make_preprocessor(config.vision.image_size, tokenizer)
         policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
         # Reading begins while the model is made, unless only its layers know how to read.
         is_plain = not quantize and not isinstance(policy, keras.dtype_policies.DTypePolicyMap)

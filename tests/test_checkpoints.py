@@ -418,6 +418,54 @@ def test_unknown_fields_of_a_preset(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "keys", "value", "message"),
+    [
+        ("preset", ["version"], 2, "it has version 2, and this release reads up to 1"),
+        ("preset", ["preprocessing"], ["sequence_length"], "`preprocessing` must be an object"),
+        ("preset", ["preprocessing", "interpolation"], "x", "`interpolation` must be one of"),
+        ("preset", ["config", "text", "num_heads"], 3, "`num_heads` must be a multiple of"),
+        ("hf", ["text_config", "rope_theta"], "x", "could not convert string to float: 'x'"),
+    ],
+)
+def test_the_file_of_a_wrong_value_is_named(data, model, tmp_path, name, keys, value, message):
+    if name == "hf":
+        shutil.copytree(data / "hf_tiny_paligemma2", tmp_path / name)
+    else:
+        model.save_to_preset(tmp_path / name)
+    path = tmp_path / name / "config.json"
+    config = place = json.loads(path.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as caught:
+        PaliGemma2.from_preset(path.parent)
+    assert str(path.parent) in str(caught.value)
+
+
+def test_a_preset_that_has_lost_its_tokenizer(model, tmp_path):
+    folder = tmp_path / "out"
+    model.save_to_preset(folder)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks the file .*out.tokenizer\.model'"):
+        PaliGemma2.from_preset(folder)
+    tokenizer = model.preprocessor.tokenizer
+    read = PaliGemma2.from_preset(folder, tokenizer=tokenizer)
+    assert read.preprocessor.get_config() == model.preprocessor.get_config()
+    PaliGemma2(model.config).save_to_preset(folder, overwrite=True)  # never had one
+    assert PaliGemma2.from_preset(folder).preprocessor is None
+
+
+def test_a_npz_of_other_axes(data, tmp_path):
+    with np.load(data / "bv_tiny_paligemma2.npz") as archive:
+        tensors = dict(archive)
+    tensors["params/img/pos_embedding"] = np.zeros(9, "float32")
+    np.savez(tmp_path / "flat.npz", **tensors)
+    with pytest.raises(ValueError, match=r"flat\.npz' is no big_vision PaliGemma"):
+        PaliGemma2.from_preset(tmp_path / "flat.npz")
+
+
+@pytest.mark.parametrize(
     ("path", "variant"),
     [
         ("hf_tiny_paligemma2", {"use_post_norms": True, "query_pre_attn_scalar": 10}),

@@ -14,6 +14,8 @@ import tqdm
 
 from keras_pg2.checkpoints import adapters, io, names
 from keras_pg2.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
+from keras_pg2.preprocessing import Preprocessor
+from keras_pg2.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 FORMATS = ("preset", "hf", "keras-hub", "big-vision")
@@ -72,6 +74,35 @@ class Checkpoint:
             unused = names.HUGGING_FACE_UNUSED if self.format == "hf" else None
             tensors = io.read_safetensors(self.path, unused=unused)
         return io.to_ours(tensors, self.format, self.config)
+
+    def make_preprocessor(self, image_size, tokenizer=None):
+        """The preprocessor that the checkpoint describes.
+
+        Args:
+            image_size: int.
+            tokenizer: Tokenizer, path of one, or None for the checkpoint's own.
+
+        Returns:
+            Preprocessor, or None if there is no tokenizer.
+
+        Raises:
+            FileNotFoundError: if a preset has lost its tokenizer, or `tokenizer` is no file.
+            ValueError: if a file is damaged.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
+            if self.preprocessing:
+                path = os.path.join(self.path, "tokenizer.model")
+                raise FileNotFoundError(
+                    f"The preset lacks the file {path!r}. Copy it there, or pass `tokenizer`."
+                )
+            return None
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = Tokenizer.from_file(tokenizer)
+        try:
+            return Preprocessor(tokenizer, image_size, **self.preprocessing)
+        except ValueError as error:
+            raise ValueError(f"`preprocessing` of the preset {self.path!r}: {error}") from error
 
 
 # Where --------------------------------------------------------------------------------------
@@ -151,14 +182,16 @@ def _recognise(path, config_path, values):
         if values.get("format") == "keras_pg2":
             if values["version"] > _PRESET_VERSION:
                 raise ValueError(
-                    f"The preset {path!r} has version {values['version']}; this release reads up "
-                    f"to {_PRESET_VERSION}. Update keras-pg2."
+                    f"it has version {values['version']}, and this release reads up to "
+                    f"{_PRESET_VERSION}. Update keras-pg2."
                 )
             preprocessing = values.get("preprocessing") or {}
+            if not isinstance(preprocessing, dict):
+                raise ValueError(f"`preprocessing` must be an object. Received: {preprocessing!r}")
             if unknown := sorted(set(preprocessing) - {"sequence_length", "interpolation"}):
                 raise ValueError(
-                    f"`preprocessing` in {config_path!r} has unknown fields: {unknown}. Update "
-                    "keras-pg2, or remove them."
+                    f"`preprocessing` has unknown fields: {unknown}. Update keras-pg2, or remove "
+                    "them."
                 )
             return Checkpoint(
                 "preset",
@@ -176,7 +209,7 @@ def _recognise(path, config_path, values):
             return Checkpoint("keras-hub", _keras_hub_config(values["config"]), path, tokenizer)
     except KeyError as error:
         raise ValueError(f"The config {config_path!r} lacks the field {error}.") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The config {config_path!r} is not as expected: {error}") from error
     raise ValueError(
         f"The config {config_path!r} is of no PaliGemma model. "
@@ -550,9 +583,9 @@ def _big_vision_config(shapes, path):
             final_logit_softcap=30.0 if use_post_norms else None,
             vocab_size=shapes["params/llm/embedder/input_embedding"][0],
         )
-    except (KeyError, ValueError) as error:
+        return PaliGemmaConfig(vision, decoder)
+    except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"The file {path!r} is no big_vision PaliGemma: {error}") from error
-    return PaliGemmaConfig(vision, decoder)
 
 
 # Writing ------------------------------------------------------------------------------------
