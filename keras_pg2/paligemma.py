@@ -285,7 +285,7 @@ class PaliGemma2(keras.Model):
         layers = self._flatten_layers()
         return [x for x in layers if isinstance(x, QuantizedMatrix) and x.mode == "int4"]
 
-    def save_to_preset(self, folder, *, overwrite=False):
+    def save_to_preset(self, folder, *, dtype=None, overwrite=False):
         """Writes weights, config, tokenizer and preprocessing to a folder for `from_preset`.
 
         A codec set by `use_codec` is written too. The folder is complete or not there
@@ -293,13 +293,14 @@ class PaliGemma2(keras.Model):
 
         Args:
             folder: path.
+            dtype: "float32", "bfloat16", "float16", or None for that of the variables.
             overwrite: bool, whether to replace what is there.
 
         Raises:
             FileExistsError: if `folder` exists and `overwrite` is False.
             ValueError: if the model is quantized, or a subclass added weights.
         """
-        self._save(folder, "preset", overwrite=overwrite)
+        self._save(folder, "preset", dtype, overwrite)
 
     def save_hf(self, folder, *, dtype=None, overwrite=False):
         """Writes a folder that transformers' `from_pretrained` loads, with processor files.

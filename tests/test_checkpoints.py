@@ -567,6 +567,14 @@ def test_bfloat16_npz_round_trip(data, tmp_path):
         assert archive["params/img/head/bias"].dtype.str == "|V2"  # as big_vision releases it
 
 
+def test_a_preset_in_another_dtype(model, tmp_path):
+    model.save_to_preset(tmp_path / "half", dtype="bfloat16")
+    read = presets.find_checkpoint(tmp_path / "half").weights()
+    expected = model.weights_by_path()
+    assert {tensor.dtype for tensor in read.values()} == {"bfloat16"}
+    _assert_equal(_read(read), {k: v.read().astype("bfloat16") for k, v in expected.items()})
+
+
 def test_shards_of_a_keras_hub_checkpoint(data, tmp_path):
     """keras_hub writes shards of 10 GB."""
     keras_hub = pytest.importorskip("keras_hub")
