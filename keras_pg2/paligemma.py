@@ -325,7 +325,7 @@ class PaliGemma2(keras.Model):
         """Writes a folder that `keras_hub.models.PaliGemmaCausalLM.from_preset` loads.
 
         keras_hub 0.32 ignores its own 28B query scale; see README. `from_preset` reads no
-        `sequence_length`, interpolation, dropout or `max_positions` from it.
+        `sequence_length`, interpolation, dropout, `max_positions` or `sliding_window=4096` from it.
 
         Args: those of `save_hf`.
         """
