@@ -12,7 +12,7 @@ import sys
 import tqdm
 from PIL import Image
 
-from keras_pg2 import PaliGemma2, PaliGemmaConfig, Preprocessor, Tokenizer, __version__, draw, tasks
+from keras_pg2 import PaliGemma2, PaliGemmaConfig, __version__, draw, tasks
 from keras_pg2.checkpoints import io, presets
 from keras_pg2.checkpoints.names import tensor_specs
 from keras_pg2.config import VARIANTS
@@ -398,15 +398,11 @@ def _convert(options):
             f"{options.destination!r} exists already. Pass --force to replace it."
         )
     checkpoint = presets.find_checkpoint(options.source)
-    tokenizer = options.tokenizer or checkpoint.tokenizer
-    preprocessor = None
-    if tokenizer is not None:
-        size = checkpoint.config.vision.image_size
-        preprocessor = Preprocessor(
-            Tokenizer.from_file(tokenizer), size, **checkpoint.preprocessing
-        )
-        preprocessor = checked_preprocessor(preprocessor, checkpoint.config)
-    elif options.to != "big-vision":
+    size = checkpoint.config.vision.image_size
+    preprocessor = checked_preprocessor(
+        checkpoint.make_preprocessor(size, options.tokenizer), checkpoint.config
+    )
+    if preprocessor is None and options.to != "big-vision":
         _report("the source has no tokenizer; pass --tokenizer to write one too")
     codec = None
     if checkpoint.codec is not None:

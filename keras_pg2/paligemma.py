@@ -169,7 +169,7 @@ class PaliGemma2(keras.Model):
 
         Raises:
             ConnectionError: if a download fails.
-            FileNotFoundError: if there is no checkpoint.
+            FileNotFoundError: if there is no checkpoint, or a file of it is missing.
             ImportError: if the package of a hub is missing.
             PermissionError: if a licence must be accepted first; the message says where.
             ValueError: if it is damaged, of another model, or does not fit its config.
@@ -190,13 +190,7 @@ class PaliGemma2(keras.Model):
             weights = io.resize_positions(weights, config, image_size)
             config = resized
         config = config.replace(**changes)
-        tokenizer = tokenizer or checkpoint.tokenizer
-        if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = Tokenizer.from_file(tokenizer)
-        preprocessor = None
-        if tokenizer is not None:
-            size = config.vision.image_size
-            preprocessor = Preprocessor(tokenizer, size, **checkpoint.preprocessing)
+        preprocessor = checkpoint.make_preprocessor(config.vision.image_size, tokenizer)
         policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
         # Reading begins while the model is made, unless only its layers know how to read.
         is_plain = not quantize and not isinstance(policy, keras.dtype_policies.DTypePolicyMap)
@@ -304,7 +298,7 @@ class PaliGemma2(keras.Model):
         layers = self._flatten_layers()
         return [x for x in layers if isinstance(x, QuantizedMatrix) and x.mode == "int4"]
 
-    def save_to_preset(self, folder, *, overwrite=False):
+    def save_to_preset(self, folder, *, dtype=None, overwrite=False):
         """Writes weights, config, tokenizer and preprocessing to a folder for `from_preset`.
 
         A codec set by `use_codec` is written too. The folder is complete or not there
@@ -312,19 +306,21 @@ class PaliGemma2(keras.Model):
 
         Args:
             folder: path.
+            dtype: "float32", "bfloat16", "float16", or None for that of the variables.
             overwrite: bool, whether to replace what is there.
 
         Raises:
             FileExistsError: if `folder` exists and `overwrite` is False.
             ValueError: if the model is quantized, or a subclass added weights.
         """
-        self._save(folder, "preset", overwrite=overwrite)
+        self._save(folder, "preset", dtype, overwrite)
 
     def save_hf(self, folder, *, dtype=None, overwrite=False):
         """Writes a folder that transformers' `from_pretrained` loads, with processor files.
 
-        `from_preset` reads no `sequence_length`, interpolation or dropout from such a folder: a
-        model to train on is better kept by `save_to_preset`.
+        `from_preset` reads no `sequence_length`, interpolation, dropout or `sliding_window=4096`
+        from such a folder: transformers writes that window, without which PaliGemma was trained.
+        A model to train on is better kept by `save_to_preset`.
 
         Args:
             folder: path.
@@ -342,7 +338,7 @@ class PaliGemma2(keras.Model):
         """Writes a folder that `keras_hub.models.PaliGemmaCausalLM.from_preset` loads.
 
         keras_hub 0.32 ignores its own 28B query scale; see README. `from_preset` reads no
-        `sequence_length`, interpolation, dropout or `max_positions` from it.
+        `sequence_length`, interpolation, dropout, `max_positions` or `sliding_window=4096` from it.
 
         Args: those of `save_hf`.
         """
@@ -351,14 +347,26 @@ class PaliGemma2(keras.Model):
     def save_big_vision(self, path, *, dtype=None, overwrite=False):
         """Writes a `.npz` that big_vision loads. It holds neither config nor tokenizer.
 
+        `from_preset` reads sizes off the shapes and takes the published values of all else. If
+        the model has others, as `final_logit_softcap=None`, a warning names the arguments that
+        give them back.
+
         Args:
             path: path of the file.
             dtype, overwrite: see `save_hf`.
+
+        Raises:
+            FileExistsError: if `path` exists and `overwrite` is False.
+            ValueError: if `path` does not end in `.npz`, `norm_eps` is not 1e-6, the model is
+                quantized, or a subclass added weights.
         """
         self._save(path, "big-vision", dtype, overwrite)
 
     def upload_preset(self, target, *, format="preset", dtype=None):
         """Writes the model to a temporary folder and uploads it to Hugging Face or Kaggle.
+
+        Files of a model that was there, and that this one lacks, are deleted; others, such as a
+        README, stay on Hugging Face.
 
         Args:
             target: "hf://org/repo", which everybody may read if it is new, or
@@ -374,7 +382,7 @@ class PaliGemma2(keras.Model):
             raise ValueError(
                 f"`format` must be 'preset', 'hf' or 'keras-hub'. Received: format={format!r}"
             )
-        presets.upload(target, lambda path: self._save(path, format, dtype))
+        presets.upload(target, lambda path: self._save(path, format, dtype), presets.WRITTEN_FILES)
 
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(

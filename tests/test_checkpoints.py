@@ -418,6 +418,54 @@ def test_unknown_fields_of_a_preset(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "keys", "value", "message"),
+    [
+        ("preset", ["version"], 2, "it has version 2, and this release reads up to 1"),
+        ("preset", ["preprocessing"], ["sequence_length"], "`preprocessing` must be an object"),
+        ("preset", ["preprocessing", "interpolation"], "x", "`interpolation` must be one of"),
+        ("preset", ["config", "text", "num_heads"], 3, "`num_heads` must be a multiple of"),
+        ("hf", ["text_config", "rope_theta"], "x", "could not convert string to float: 'x'"),
+    ],
+)
+def test_the_file_of_a_wrong_value_is_named(data, model, tmp_path, name, keys, value, message):
+    if name == "hf":
+        shutil.copytree(data / "hf_tiny_paligemma2", tmp_path / name)
+    else:
+        model.save_to_preset(tmp_path / name)
+    path = tmp_path / name / "config.json"
+    config = place = json.loads(path.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as caught:
+        PaliGemma2.from_preset(path.parent)
+    assert str(path.parent) in str(caught.value)
+
+
+def test_a_preset_that_has_lost_its_tokenizer(model, tmp_path):
+    folder = tmp_path / "out"
+    model.save_to_preset(folder)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks the file .*out.tokenizer\.model'"):
+        PaliGemma2.from_preset(folder)
+    tokenizer = model.preprocessor.tokenizer
+    read = PaliGemma2.from_preset(folder, tokenizer=tokenizer)
+    assert read.preprocessor.get_config() == model.preprocessor.get_config()
+    PaliGemma2(model.config).save_to_preset(folder, overwrite=True)  # never had one
+    assert PaliGemma2.from_preset(folder).preprocessor is None
+
+
+def test_a_npz_of_other_axes(data, tmp_path):
+    with np.load(data / "bv_tiny_paligemma2.npz") as archive:
+        tensors = dict(archive)
+    tensors["params/img/pos_embedding"] = np.zeros(9, "float32")
+    np.savez(tmp_path / "flat.npz", **tensors)
+    with pytest.raises(ValueError, match=r"flat\.npz' is no big_vision PaliGemma"):
+        PaliGemma2.from_preset(tmp_path / "flat.npz")
+
+
+@pytest.mark.parametrize(
     ("path", "variant"),
     [
         ("hf_tiny_paligemma2", {"use_post_norms": True, "query_pre_attn_scalar": 10}),
@@ -517,6 +565,14 @@ def test_bfloat16_npz_round_trip(data, tmp_path):
     _assert_equal(_read(io.read_npz(tmp_path / "bv.npz")), _read(io.read_npz(path)))
     with np.load(tmp_path / "bv.npz") as archive:
         assert archive["params/img/head/bias"].dtype.str == "|V2"  # as big_vision releases it
+
+
+def test_a_preset_in_another_dtype(model, tmp_path):
+    model.save_to_preset(tmp_path / "half", dtype="bfloat16")
+    read = presets.find_checkpoint(tmp_path / "half").weights()
+    expected = model.weights_by_path()
+    assert {tensor.dtype for tensor in read.values()} == {"bfloat16"}
+    _assert_equal(_read(read), {k: v.read().astype("bfloat16") for k, v in expected.items()})
 
 
 def test_shards_of_a_keras_hub_checkpoint(data, tmp_path):
@@ -747,6 +803,42 @@ def test_a_sliding_window_is_kept(data, tmp_path, format):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", sliding_window=3)
     model._save(tmp_path / "out", format)
     assert presets.find_checkpoint(tmp_path / "out").config == model.config
+
+
+def test_fields_that_a_npz_does_not_hold_are_told(data, tmp_path, caplog):
+    changes = {
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcap": 40.0,
+        "final_logit_softcap": None,
+        "sliding_window": 3,
+        "max_positions": 64,
+        "rope_base": 500.0,
+        "dropout": 0.1,
+    }
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32", **changes)
+    path = tmp_path / "out.npz"
+    model.save_big_vision(path)
+    told = ", ".join(f"{field}={value!r}" for field, value in changes.items())
+    assert f"`from_preset(..., {told})`" in caplog.text
+    read = PaliGemma2.from_preset(path, dtype="float32", **changes)
+    assert read.config == model.config
+    _assert_equal(_read(read.weights_by_path()), _read(model.weights_by_path()))
+    caplog.clear()
+    PaliGemma2.from_preset(path).save_big_vision(path, overwrite=True)
+    assert not caplog.records  # all as it will be read
+    vision = dataclasses.replace(model.config.vision, norm_eps=1e-5)
+    model = PaliGemma2.from_preset(path, vision=vision)
+    with pytest.raises(ValueError, match=r"norm_eps=1e-06 in the vision tower. Received: .*1e-05"):
+        model.save_big_vision(tmp_path / "eps.npz")
+
+
+@pytest.mark.parametrize("format", ["hf", "keras-hub"])
+def test_the_window_that_is_not_read_is_told(data, tmp_path, format, caplog):
+    model = PaliGemma2.from_preset(data / "keras_hub_tiny_paligemma2", sliding_window=4096)
+    model._save(tmp_path / "out", format)
+    assert "`from_preset(..., sliding_window=4096)`" in caplog.text
+    read = PaliGemma2.from_preset(tmp_path / "out", sliding_window=4096)
+    assert read.config == model.config
 
 
 def test_scaled_positions_are_refused(data, tmp_path):
@@ -1065,6 +1157,21 @@ def test_a_folder_with_one_npz(data, tmp_path):
     assert presets.find_checkpoint(tmp_path).format == "big-vision"
 
 
+def test_all_files_that_are_written_are_replaced(model, tmp_path):
+    written = set()
+    for format in ("preset", "hf", "keras-hub"):
+        folder = tmp_path / format
+        model._save(folder, format)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        written |= {path.relative_to(folder).as_posix() for path in files}
+    assert set(presets.WRITTEN_FILES) - written == {
+        presets.CODEC_FILE,
+        "model-?????-of-?????.safetensors",
+        "model.safetensors.index.json",
+    }
+    assert written < set(presets.WRITTEN_FILES)
+
+
 def test_upload(model, monkeypatch):
     hub, kaggle = pytest.importorskip("huggingface_hub"), pytest.importorskip("kagglehub")
     calls = []
@@ -1074,8 +1181,9 @@ def test_upload(model, monkeypatch):
         is_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
         format = "adapter" if is_adapter else presets.find_checkpoint(folder).format
         calls.append((kwargs.get("repo_id") or args[0], format))
+        deleted.append(kwargs.get("delete_patterns"))
 
-    made = []
+    made, deleted = [], []
     monkeypatch.setattr(hub, "whoami", lambda: None)
     monkeypatch.setattr(hub, "create_repo", lambda name, exist_ok: made.append(name))
     monkeypatch.setattr(hub, "upload_folder", record)
@@ -1090,6 +1198,11 @@ def test_upload(model, monkeypatch):
         ("me/mine/keras/tiny", "keras-hub"),
         ("me/adapter", "adapter"),
     ]
+    # Hugging Face keeps what an upload lacks, and an old `model.safetensors` hides new shards.
+    old = ["model.safetensors", "model-00001-of-00002.safetensors", presets.CODEC_FILE]
+    kept = ["README.md", "images/config.json", "adapter_model.safetensors", "chat_template.json"]
+    assert [*hub.utils.filter_repo_objects([*old, *kept], allow_patterns=deleted[0])] == old
+    assert deleted[1:] == [None, None]  # an adapter may lie beside a model
     with pytest.raises(ValueError, match="Call `enable_lora` or"):
         model.upload_adapter("hf://me/adapter")
     assert made == ["me/mine", "me/adapter"]

@@ -193,6 +193,12 @@ def test_convert_to_bfloat16_and_back(data, tmp_path, format):
         np.testing.assert_array_equal(tensor.read(), expected[path].read().astype("bfloat16"))
 
 
+def test_convert_tells_what_is_lost(data, tmp_path, caplog):
+    source = str(data / "hf_tiny_paligemma2")  # queries scaled by another number than head_dim
+    assert cli.main(["convert", source, str(tmp_path / "x.npz"), "--to", "big-vision"]) == 0
+    assert "`from_preset(..., query_pre_attn_scalar=10)`" in caplog.text
+
+
 def test_convert_does_not_overwrite(data, tmp_path, capsys):
     source, destination = str(data / "hf_tiny_paligemma2"), tmp_path / "out"
     destination.mkdir()

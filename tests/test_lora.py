@@ -1,11 +1,13 @@
 import dataclasses
 import gc
 import json
+import os
 import re
 import shutil
 import weakref
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -718,6 +720,29 @@ def test_adapter_round_trip(batch, tmp_path):
     np.testing.assert_array_equal(_numpy(other(batch)), expected)
 
 
+def test_an_adapter_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    model = _model(rank=2)
+    model.save_adapter(tmp_path)
+    tensors, config = tmp_path / adapters.TENSOR_FILE, tmp_path / adapters.CONFIG_FILE
+    config.unlink()
+    before = tensors.read_bytes()
+    with pytest.raises(FileExistsError, match=r"adapter_model\.safetensors' exists already"):
+        model.save_adapter(tmp_path)
+    assert tensors.read_bytes() == before
+    model.save_adapter(tmp_path, overwrite=True)
+    replace = os.replace
+
+    def interrupted(source, destination):
+        if destination.endswith(adapters.CONFIG_FILE):
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_adapter(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [tensors.name]
+
+
 def test_target_modules_match_in_every_layout(data, folder):
     """PEFT matches the whole name of a module."""
     model = _model(rank=2, pattern="text/block_1/.*(query|up)|vision/block_0/.*query|projector")
@@ -776,6 +801,22 @@ def test_adapters_that_do_not_fit(folder, model):
     assert f"Wrong shapes (1): {name}: expected (56, 3), found (55, 3)" in message
     assert model.lora_layers() == {}
     assert len(model.trainable_variables) == len(model.variables)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda x: x.astype("int64"), "must have floats. Received: int64"),
+        (lambda x: np.where(x == x.max(), np.nan, x), "has values that are no finite numbers"),
+        (lambda x: np.full_like(x, np.inf, ml_dtypes.bfloat16), "has values that are no finite"),
+    ],
+)
+def test_adapters_without_finite_floats(folder, model, damage, message):
+    name = "base_model.model.model.multi_modal_projector.linear.lora_A.weight"
+    _change(folder, lambda tensors: tensors | {name: damage(tensors[name])})
+    with pytest.raises(ValueError, match=rf"'{name}' of .*adapter_model\.safetensors' {message}"):
+        model.load_adapter(folder)
+    assert not model.lora_layers()
 
 
 def test_damaged_adapters(folder, model, tmp_path):

@@ -17,7 +17,7 @@ import ml_dtypes  # noqa: F401  NumPy knows "bfloat16" once this is imported
 import numpy as np
 import safetensors
 import safetensors.numpy
-from keras import ops
+from keras import backend, ops
 
 from keras_pg2.checkpoints import names
 from keras_pg2.checkpoints.io import path_to_write, shorten
@@ -66,10 +66,11 @@ def save_adapter(model, folder, base_model=None, overwrite=False):
         raise ValueError("The model has no LoRA to save. Call `enable_lora` first.")
     folder = path_to_write(folder)
     config_path = os.path.join(folder, CONFIG_FILE)
-    if os.path.lexists(config_path) and not overwrite:
-        raise FileExistsError(
-            f"{config_path!r} exists already. Choose another folder, or pass `overwrite=True`."
-        )
+    for path in (config_path, os.path.join(folder, TENSOR_FILE)):
+        if os.path.lexists(path) and not overwrite:
+            raise FileExistsError(
+                f"{path!r} exists already. Choose another folder, or pass `overwrite=True`."
+            )
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise FileExistsError(f"{folder!r} is a file, where a folder is to be.")
     kernels = _kernel_specs(model.config)
@@ -84,12 +85,15 @@ def save_adapter(model, folder, base_model=None, overwrite=False):
     config = _config(layers, kernels, base_model)
     options = {"indent": 2, "sort_keys": True, "default": lambda x: x.item()}  # of NumPy's numbers
     config = json.dumps(config, **options)
-    # All or nothing: a file is complete before it gets its name, and the config comes last.
+    # All or nothing: a file is complete before it gets its name. The config goes first and comes
+    # last, so that it is never beside tensors of another adapter.
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as new:
         with open(os.path.join(new, TENSOR_FILE), "wb") as file:  # `save_file` would hide it
             file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
         with open(os.path.join(new, CONFIG_FILE), "w", encoding="utf-8") as file:
             file.write(config)
+        if os.path.lexists(config_path):
+            os.remove(config_path)
         for name in (TENSOR_FILE, CONFIG_FILE):
             os.replace(os.path.join(new, name), os.path.join(folder, name))
 
@@ -283,7 +287,17 @@ def _read_tensors(path):
                 name, module = _read_name(key)
                 if name in tensors:
                     raise ValueError(f"The file {path!r} has two names for {name!r}.")
-                tensors[name], modules[name] = file.get_tensor(key), module
+                array = file.get_tensor(key)
+                if not backend.is_float_dtype(array.dtype.name):
+                    raise ValueError(
+                        f"The tensor {key!r} of {path!r} must have floats. Received: {array.dtype}"
+                    )
+                if not np.isfinite(array.astype("float32")).all():
+                    raise ValueError(
+                        f"The tensor {key!r} of {path!r} has values that are no finite numbers. "
+                        "Its training diverged, or the file is damaged."
+                    )
+                tensors[name], modules[name] = array, module
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"The file {path!r} is damaged: {error}") from error
     return tensors, modules

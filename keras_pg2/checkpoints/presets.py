@@ -14,6 +14,8 @@ import tqdm
 
 from keras_pg2.checkpoints import adapters, io, names
 from keras_pg2.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
+from keras_pg2.preprocessing import Preprocessor
+from keras_pg2.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 FORMATS = ("preset", "hf", "keras-hub", "big-vision")
@@ -25,6 +27,14 @@ _OFFICIAL = re.compile(
     r"|paligemma-3b-(pt-(224|448|896)|mix-(224|448)|ft-[a-z0-9-]+-(224|448|896))"
 )
 _HUB_FILES = ("*.json", "*.safetensors", "*.npz", "tokenizer.model", "*.weights.h5", "assets/**")
+# What `save_checkpoint` may write to a folder, in any format.
+WRITTEN_FILES = [
+    *("config.json", "tokenizer.model", "model.safetensors", "model.safetensors.index.json"),
+    *("model-?????-of-?????.safetensors", CODEC_FILE),
+    *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("model.weights.h5", "metadata.json", "tokenizer.json", "image_converter.json"),
+    *("preprocessor.json", "task.json", "assets/tokenizer/vocabulary.spm"),
+]
 _PRESET_VERSION = 1
 
 
@@ -64,6 +74,35 @@ class Checkpoint:
             unused = names.HUGGING_FACE_UNUSED if self.format == "hf" else None
             tensors = io.read_safetensors(self.path, unused=unused)
         return io.to_ours(tensors, self.format, self.config)
+
+    def make_preprocessor(self, image_size, tokenizer=None):
+        """The preprocessor that the checkpoint describes.
+
+        Args:
+            image_size: int.
+            tokenizer: Tokenizer, path of one, or None for the checkpoint's own.
+
+        Returns:
+            Preprocessor, or None if there is no tokenizer.
+
+        Raises:
+            FileNotFoundError: if a preset has lost its tokenizer, or `tokenizer` is no file.
+            ValueError: if a file is damaged.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
+            if self.preprocessing:
+                path = os.path.join(self.path, "tokenizer.model")
+                raise FileNotFoundError(
+                    f"The preset lacks the file {path!r}. Copy it there, or pass `tokenizer`."
+                )
+            return None
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = Tokenizer.from_file(tokenizer)
+        try:
+            return Preprocessor(tokenizer, image_size, **self.preprocessing)
+        except ValueError as error:
+            raise ValueError(f"`preprocessing` of the preset {self.path!r}: {error}") from error
 
 
 # Where --------------------------------------------------------------------------------------
@@ -143,14 +182,16 @@ def _recognise(path, config_path, values):
         if values.get("format") == "keras_pg2":
             if values["version"] > _PRESET_VERSION:
                 raise ValueError(
-                    f"The preset {path!r} has version {values['version']}; this release reads up "
-                    f"to {_PRESET_VERSION}. Update keras-pg2."
+                    f"it has version {values['version']}, and this release reads up to "
+                    f"{_PRESET_VERSION}. Update keras-pg2."
                 )
             preprocessing = values.get("preprocessing") or {}
+            if not isinstance(preprocessing, dict):
+                raise ValueError(f"`preprocessing` must be an object. Received: {preprocessing!r}")
             if unknown := sorted(set(preprocessing) - {"sequence_length", "interpolation"}):
                 raise ValueError(
-                    f"`preprocessing` in {config_path!r} has unknown fields: {unknown}. Update "
-                    "keras-pg2, or remove them."
+                    f"`preprocessing` has unknown fields: {unknown}. Update keras-pg2, or remove "
+                    "them."
                 )
             return Checkpoint(
                 "preset",
@@ -168,7 +209,7 @@ def _recognise(path, config_path, values):
             return Checkpoint("keras-hub", _keras_hub_config(values["config"]), path, tokenizer)
     except KeyError as error:
         raise ValueError(f"The config {config_path!r} lacks the field {error}.") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The config {config_path!r} is not as expected: {error}") from error
     raise ValueError(
         f"The config {config_path!r} is of no PaliGemma model. "
@@ -542,9 +583,9 @@ def _big_vision_config(shapes, path):
             final_logit_softcap=30.0 if use_post_norms else None,
             vocab_size=shapes["params/llm/embedder/input_embedding"][0],
         )
-    except (KeyError, ValueError) as error:
+        return PaliGemmaConfig(vision, decoder)
+    except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"The file {path!r} is no big_vision PaliGemma: {error}") from error
-    return PaliGemmaConfig(vision, decoder)
 
 
 # Writing ------------------------------------------------------------------------------------
@@ -575,6 +616,9 @@ def save_checkpoint(
         codec: bytes or None, file of a `<seg>` codec. Only "preset" holds one; without
             it a warning is logged.
 
+    Logs a warning with the arguments that `from_preset` needs if it would not read all of the
+    config from the checkpoint.
+
     Raises:
         FileExistsError: if `path` exists and `overwrite` is False, is a file instead of a folder or
             the other way round, or a folder that holds other things than a checkpoint.
@@ -595,13 +639,19 @@ def save_checkpoint(
     weights = {name: tensor.cast(dtype) for name, tensor in weights.items()}
     stored_dtype = io.common_dtype(weights.values())
     tensors = io.to_source(weights, format, config)
-    files = {}
+    files, found = {}, config
     if format == "hf":
         files = _hugging_face_files(config, stored_dtype, preprocessor)
+        found = _hugging_face_config(files["config.json"])
     elif format == "keras-hub":
         files = _keras_hub_files(config, stored_dtype, preprocessor, weights)
-    elif format == "preset":
+        found = _keras_hub_config(files["config.json"]["config"])
+    elif format == "big-vision":
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        found = _big_vision_config(shapes, path)
+    else:
         files = _preset_files(config, preprocessor)
+    _warn_of_lost_fields(format, config.to_dict(), found.to_dict())
     if codec is not None and format == "preset":
         files[CODEC_FILE] = codec
     elif codec is not None:
@@ -632,12 +682,37 @@ def save_checkpoint(
             io.write_safetensors(new, tensors, bar.update)
 
 
-def upload(target, write):
+def _warn_of_lost_fields(format, config, found):
+    """Warns of config fields that `found`, what `from_preset` reads, has other values of."""
+    lost = []
+    for tower, fields in config.items():
+        for field, value in fields.items():
+            if value == found[tower][field]:
+                continue
+            if all(field in other for other in config.values()):  # `from_preset` cannot set it
+                raise ValueError(
+                    f"A checkpoint of the format {format!r} has {field}={found[tower][field]} in "
+                    f"the {tower} tower. Received: {field}={value}"
+                )
+            lost.append(f"{field}={value!r}")
+    if lost:
+        _LOG.warning(
+            "A checkpoint of the format %r does not tell all of this config. Read it by "
+            "`from_preset(..., %s)`.",
+            format,
+            ", ".join(lost),
+        )
+
+
+def upload(target, write, replaced=None):
     """Writes a folder and uploads it to a hub.
 
     Args:
         target: "hf://org/repo", made if missing, or "kaggle://owner/model/framework/variation".
         write: callable that writes the folder at a path, which may take long.
+        replaced: list of patterns of file names, or None. Files of these names that are there and
+            are not written now are deleted from Hugging Face. A version on Kaggle has only what is
+            written.
 
     Raises:
         ImportError: if the hub's package is missing.
@@ -664,7 +739,9 @@ def upload(target, write):
         write(path)
         if hub == "hf":
             huggingface_hub.create_repo(handle, exist_ok=True)
-            huggingface_hub.upload_folder(repo_id=handle, folder_path=path)
+            huggingface_hub.upload_folder(
+                repo_id=handle, folder_path=path, delete_patterns=replaced
+            )
         else:
             kagglehub.model_upload(handle, path)
 
