@@ -306,7 +306,7 @@ def coco_detection(
     rows = []
     for scene in _scenes(annotations, image_folder, keep_crowds, checks):
         for names, objects in _prompted(scene, prompt, seed):
-            size = (scene.height, scene.width)
+            size = (scene.width, scene.height)
             suffix = " ; ".join(f"{location_tokens(o.box, *size)} {o.label}" for o in objects)
             rows.append((scene.path, f"detect {names}", suffix))
     return _examples(rows, checks, shard, annotations)
@@ -361,7 +361,7 @@ def coco_segmentation(
     for scene in _scenes(annotations, image_folder, keep_crowds, checks, with_masks=True):
         for names, objects in _prompted(scene, prompt, seed=0):
             rows.append((scene.path, f"segment {names}", None))
-            objects_of_rows.append((scene.height, scene.width, objects))
+            objects_of_rows.append((scene.width, scene.height, objects))
     if isinstance(codec, SegmentationCodec):
         codec = functools.partial(encode_segmentation, codec)
     suffixes = _Segmentations(codec, objects_of_rows)
@@ -428,8 +428,8 @@ class _Object:
 class _Scene:
     id: object
     path: str
-    height: int
     width: int
+    height: int
     objects: list
 
 
@@ -454,9 +454,9 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
     for path, image, image_annotations in annotated:
         objects = []
         with checks.row(f"{source}: image {image['id']}"):
-            height, width = (_field(image, name, int) for name in ("height", "width"))
-            if height < 1 or width < 1:
-                raise ValueError(f"Sizes must be positive. Received: {height} × {width}.")
+            width, height = (_field(image, name, int) for name in ("width", "height"))
+            if width < 1 or height < 1:
+                raise ValueError(f"Sizes must be positive. Received: {width} × {height}.")
             for place, annotation in image_annotations:
                 if annotation.get("iscrowd") and not keep_crowds:
                     continue
@@ -466,17 +466,17 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                         raise ValueError(f"`category_id` {category!r} is not in `categories`.")
                     segmentation = annotation.get("segmentation") if with_masks else None
                     if with_masks:
-                        _check_segmentation(segmentation, height, width)
-                    box = _box(annotation, height, width)
-                    if box is None or not has_area(box, height, width):
+                        _check_segmentation(segmentation, width, height)
+                    box = _box(annotation, width, height)
+                    if box is None or not has_area(box, width, height):
                         num_empty += 1
                         continue
                     item = _Object(*categories[category], box, segmentation)
                     if with_masks:
-                        _check_overlap(item, height, width)
+                        _check_overlap(item, width, height)
                     objects.append(item)
         if objects:
-            yield _Scene(image["id"], path, height, width, objects)
+            yield _Scene(image["id"], path, width, height, objects)
     if num_empty:
         _LOG.info(
             "%s: left out %d boxes without a width or a height in location tokens, of which there "
@@ -533,7 +533,7 @@ def _check_prompt(prompt, choices):
         raise ValueError(f"`prompt` must be one of {choices}. Received: prompt={prompt!r}")
 
 
-def _box(annotation, height, width):
+def _box(annotation, width, height):
     """COCO's x, y, width and height in pixels to x1, y1, x2, y2 in the image, None if empty."""
     box = _field(annotation, "bbox", list)
     if len(box) != 4 or not all(_is_number(value) for value in box):
@@ -563,14 +563,14 @@ class _Segmentations:
 
     def __getitem__(self, row):
         if row not in self._suffixes:
-            height, width, objects = self._objects_of_rows[row]
-            masks = np.stack([_mask(item, height, width) for item in objects])
+            width, height, objects = self._objects_of_rows[row]
+            masks = np.stack([_mask(item, width, height) for item in objects])
             labels, boxes = [item.label for item in objects], [item.box for item in objects]
             self._suffixes[row] = self._codec(masks, labels, np.array(boxes, "float64"))
         return self._suffixes[row]
 
 
-def _check_segmentation(segmentation, height, width):
+def _check_segmentation(segmentation, width, height):
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [height, width]:
             raise ValueError(
@@ -598,11 +598,11 @@ def _check_segmentation(segmentation, height, width):
                 )
 
 
-def _check_overlap(item, height, width):
+def _check_overlap(item, width, height):
     box = item.box
     if isinstance(item.segmentation, dict):
-        x1, y1, x2, y2 = box_pixels(box, height, width)
-        if _mask(item, height, width)[y1:y2, x1:x2].any():
+        x1, y1, x2, y2 = box_pixels(box, width, height)
+        if _mask(item, width, height)[y1:y2, x1:x2].any():
             return
     else:
         for polygon in item.segmentation:
@@ -615,7 +615,7 @@ def _check_overlap(item, height, width):
     )
 
 
-def _mask(item, height, width):
+def _mask(item, width, height):
     """bool (height, width). A polygon too thin to hold the centre of a pixel fills its box."""
     if isinstance(item.segmentation, dict):
         counts = _run_lengths(item.segmentation)
@@ -623,8 +623,8 @@ def _mask(item, height, width):
         return np.repeat(values, counts).reshape(width, height).T
     mask = np.zeros((height, width), bool)
     for polygon in item.segmentation:
-        mask |= _polygon_mask(np.reshape(polygon, (-1, 2)), height, width)
-    x1, y1, x2, y2 = box_pixels(item.box, height, width)
+        mask |= _polygon_mask(np.reshape(polygon, (-1, 2)), width, height)
+    x1, y1, x2, y2 = box_pixels(item.box, width, height)
     if not mask[y1:y2, x1:x2].any():
         mask[y1:y2, x1:x2] = True
     return mask
@@ -659,7 +659,7 @@ def _run_lengths(segmentation):
     return lengths
 
 
-def _polygon_mask(points, height, width):
+def _polygon_mask(points, width, height):
     """The pixels whose centres are inside of a polygon, by the even-odd rule."""
     ends = np.roll(points, -1, axis=0)
     (x1, y1), (x2, y2) = points.T, ends.T

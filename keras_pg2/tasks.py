@@ -63,8 +63,8 @@ def region_prompt(box, width, height):
         raise ValueError(
             f"A box must overlap its image of {width} × {height} pixels. Received: {box}"
         )
-    check_area((x1, y1, x2, y2), height, width)
-    return f"caption {location_tokens((x1, y1, x2, y2), height, width)}"
+    check_area((x1, y1, x2, y2), width, height)
+    return f"caption {location_tokens((x1, y1, x2, y2), width, height)}"
 
 
 def list_of_things(things):
@@ -313,7 +313,7 @@ def _detections(text, width, height, codec=None, score=None):
     if codec is not None and with_mask:
         masks = codec.decode(np.array([codes[i] for i in with_mask]))
         for i, mask in zip(with_mask, masks):
-            mask = mask_from_codes(mask, found[i].box, height, width)
+            mask = mask_from_codes(mask, found[i].box, width, height)
             found[i] = dataclasses.replace(found[i], mask=mask)
     return Detections(tuple(found), int(width), int(height), text)
 

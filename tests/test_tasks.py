@@ -165,7 +165,7 @@ def test_masks(codec, segments, has_mask):
         assert found.mask.shape == (50, 100)
         assert found.mask.dtype == bool
         expected = keras_pg2.segmentation.mask_from_codes(
-            codec.decode(np.arange(16)[None])[0], found.box, 50, 100
+            codec.decode(np.arange(16)[None])[0], found.box, 100, 50
         )
         np.testing.assert_array_equal(found.mask, expected)
         assert 0 < found.mask.sum() < 20 * 12
@@ -284,10 +284,10 @@ def test_what_is_written_is_read(objects):
     boxes, labels = [], []
     for (a, b, c, d), label in objects:
         if a != b and c != d:
-            boxes.append((min(a, b), min(c, d), max(a, b), max(c, d)))
+            boxes.append((2 * min(a, b), min(c, d), 2 * max(a, b), max(c, d)))
             labels.append(f"{label} {len(labels)}")
-    text = keras_pg2.segmentation.encode_detection(boxes, labels, 1023, 1023)
-    found = parse_detections(text, 1023, 1023)
+    text = keras_pg2.segmentation.encode_detection(boxes, labels, WIDTH, HEIGHT)
+    found = parse_detections(text, WIDTH, HEIGHT)
     assert [item.label for item in found] == labels
     for item, box in zip(found, boxes):
         np.testing.assert_allclose(item.box, box)
