@@ -216,7 +216,8 @@ class Detections(collections.abc.Sequence):
                 None for those of this image alone, in alphabetical order.
 
         Returns:
-            supervision.Detections.
+            supervision.Detections. Its masks are None if no object has one; beside others, an
+            object without one has an empty mask.
 
         Raises:
             ImportError: if supervision is missing.
@@ -232,11 +233,14 @@ class Detections(collections.abc.Sequence):
         names = sorted(set(labels)) if names is None else list(names)
         if missing := set(labels) - set(names):
             raise ValueError(f"`names` must have all labels. Missing: {sorted(missing)}")
-        masks = [item.mask for item in self.items]
+        masks = None
+        if any(item.mask is not None for item in self.items):
+            empty = np.zeros((self.height, self.width), bool)
+            masks = np.stack([empty if item.mask is None else item.mask for item in self.items])
         scores = [1.0 if item.score is None else item.score for item in self.items]
         return supervision.Detections(
             xyxy=np.array([item.box for item in self.items], "float32"),
-            mask=None if any(mask is None for mask in masks) else np.stack(masks),
+            mask=masks,
             confidence=np.array(scores, "float32"),
             class_id=np.array([names.index(label) for label in labels]),
             data={"class_name": np.array(labels)},

@@ -407,7 +407,9 @@ def test_supervision(detections, monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", fake)
     fields = detections.to_supervision()
     np.testing.assert_array_equal(fields["xyxy"], [[2, 1, 5, 3], [0, 0, 6, 4]])
-    assert fields["mask"] is None  # one has none
+    assert fields["mask"].shape == (2, 4, 6)
+    assert fields["mask"][0].sum() == 6
+    assert not fields["mask"][1].any()  # it has none
     assert fields["data"]["class_name"].tolist() == ["cat", "dog"]
     np.testing.assert_array_equal(fields["class_id"], [0, 1])
     np.testing.assert_allclose(fields["confidence"], [0.5, 1])
@@ -415,8 +417,7 @@ def test_supervision(detections, monkeypatch):
     np.testing.assert_array_equal(fields["class_id"], [2, 0])
     with pytest.raises(ValueError, match="'dog'"):
         detections.to_supervision(["cat"])
-    only = Detections(detections.items[:1], 6, 4)
-    assert only.to_supervision()["mask"].shape == (1, 4, 6)
+    assert Detections(detections.items[1:], 6, 4).to_supervision()["mask"] is None
 
 
 def test_supervision_is_optional(detections, monkeypatch):
