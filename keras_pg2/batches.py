@@ -41,8 +41,10 @@ def is_readable(data):
     """Whether `Batches` reads the data, so that it need not be left to Keras."""
     if isinstance(data, (Batches, dict)):
         return True
+    if isinstance(data, tuple):  # of examples or batches, not Keras' (x, y)
+        return all(isinstance(item, collections.abc.Mapping) for item in data)
     is_iterable = isinstance(data, collections.abc.Iterable) or hasattr(data, "__getitem__")
-    return is_iterable and not isinstance(data, (str, tuple)) and not hasattr(data, "__array__")
+    return is_iterable and not isinstance(data, str) and not hasattr(data, "__array__")
 
 
 class Batches(data_adapter.DataAdapter):
@@ -152,6 +154,7 @@ class Batches(data_adapter.DataAdapter):
 
     def _prepare(self, batch):
         if isinstance(batch, list) and "token_ids" in batch[0]:
+            _check_rows(batch)
             batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
         x = self._tokenized(batch) if "token_ids" in batch else self._preprocess(batch)
         return (self._fill(x),)
@@ -327,6 +330,18 @@ class Batches(data_adapter.DataAdapter):
 def shapes_of(arrays):
     """Names and shapes of a dict of arrays, without the length of the batch."""
     return tuple((name, array.shape[1:]) for name, array in sorted(arrays.items()))
+
+
+def _check_rows(rows):
+    """Raises a ValueError if tokenized examples have not the fields and shapes of the first."""
+    shapes = [{name: tuple(np.shape(array)) for name, array in row.items()} for row in rows]
+    for row, row_shapes in zip(rows, shapes):
+        if row_shapes != shapes[0]:
+            raise ValueError(
+                "All tokenized examples of a batch must have the same fields and shapes: pad them "
+                f"to one length, with a 'padding_mask'. The first has {shapes[0]}. Received: one "
+                f"with {row_shapes}, token_ids={row.get('token_ids')!r:.80}"
+            )
 
 
 def single_batch(batch):

@@ -103,6 +103,7 @@ FORMS = {
     "columns": lambda columns: columns,
     "array": lambda columns: {**columns, "images": np.stack(columns["images"])},
     "examples": examples_of,
+    "tuple of examples": lambda columns: tuple(examples_of(columns)),
     "generator of examples": lambda columns: (row for row in examples_of(columns)),
     "generator of batches": in_batches,
     "list of batches": lambda columns: list(in_batches(columns)),
@@ -137,6 +138,19 @@ def test_tokenized_data(tokenizer, columns):
         for x, wanted in zip(read(form, tokenizer, batch_size=4), expected, strict=True):
             for name in wanted:
                 np.testing.assert_array_equal(x[name], wanted[name], err_msg=name)
+
+
+def test_tokenized_examples_are_alike(tokenizer, columns):
+    x = read(columns, tokenizer, batch_size=4)[0]
+    rows = [{name: array[i] for name, array in x.items()} for i in range(4)]
+    (stacked,) = read(rows, tokenizer, batch_size=4)
+    np.testing.assert_array_equal(stacked["token_ids"], x["token_ids"])
+    masks = ("token_ids", "padding_mask", "suffix_mask", "loss_mask")
+    short = {name: a[:-1] if name in masks else a for name, a in rows[2].items()}
+    bare = {name: a for name, a in rows[2].items() if name != "padding_mask"}
+    for changed, first in [(short, rows[0]), (bare, rows[0]), (rows[2], bare)]:
+        with pytest.raises(ValueError, match=r"same fields and shapes.*one with.*token_ids="):
+            read([first, changed], tokenizer)
 
 
 def test_what_a_batch_holds(tokenizer, columns):
