@@ -314,9 +314,9 @@ def coco_detection(
 
 def coco_segmentation(
     annotations,
-    image_folder,
-    codec,
+    image_folder=None,
     *,
+    codec,
     prompt="categories",
     keep_crowds=False,
     check_images=True,
@@ -330,7 +330,7 @@ def coco_segmentation(
 
     Args:
         annotations: path of the JSON file, with `images`, `annotations` and `categories`.
-        image_folder: path of the folder of the images, or None for the file's.
+        image_folder: path of the folder of the images. Defaults to the file's.
         codec: SegmentationCodec, such as `model.get_codec()`. Or a callable that makes the suffix
             of the objects of one image from `masks` (bool array (count, height, width)),
             `labels` (list of str) and `boxes` (float array (count, 4), x1 y1 x2 y2 in pixels).
@@ -403,13 +403,15 @@ def coco_captions(
 
     Source: big_vision `configs/proj/paligemma/transfers/cococap.py`.
     """
+    if not isinstance(prefix, str):
+        raise ValueError(f"`prefix` must be a string. Received: prefix={prefix!r}")
     checks = _Checks(on_error, check_images)
     rows = []
     for path, image, image_annotations in _read_coco(annotations, image_folder, checks)[1]:
         captions = []
         for place, annotation in image_annotations:
             with checks.row(place):
-                captions.append(_field(annotation, "caption", str).strip())
+                captions.append(_not_blank(annotation, "caption"))
         if one_per_image and captions:
             captions = [random.Random(f"{seed}/{image['id']}").choice(captions)]
         rows.extend((path, prefix, caption) for caption in captions)
@@ -700,7 +702,8 @@ def vqa(
         annotations: path of the JSON file of the answers, or None if `questions` has them.
         image_folder: path of the folder of the images. Defaults to the file's.
         prefix: str with "{question}".
-        answer: "most common", the first if several are, or "random", drawn once.
+        answer: "most common", the first if several are, or "random", drawn once. Blank ones of
+            several do not count.
         image_name: None, or how file names follow from the fields of a question, such as
             "{image_id}.jpg". By default they are in `image`, or are COCO's:
             "COCO_train2014_000000000009.jpg" from `data_subtype` and `image_id`.
@@ -727,7 +730,7 @@ def vqa(
 
     Source: big_vision `configs/proj/paligemma/transfers/vqav2.py`.
     """
-    if "{question}" not in prefix:
+    if not isinstance(prefix, str) or "{question}" not in prefix:
         raise ValueError(f"`prefix` must hold '{{question}}'. Received: prefix={prefix!r}")
     if answer not in ("most common", "random"):
         raise ValueError(f"`answer` must be 'most common' or 'random'. Received: answer={answer!r}")
@@ -751,7 +754,7 @@ def vqa(
     for position, row in enumerate(tqdm.tqdm(questions, disable=len(questions) < _MANY_ROWS)):
         id = _id(row, position)
         with checks.row(f"{source}: question {id}"):
-            question = _field(row, "question", str).strip()
+            question = _not_blank(row, "question")
             if annotations is None:
                 choices = _answers(row)
             elif isinstance(id, (int, str)) and id in answers:
@@ -776,11 +779,13 @@ def _answers(row):
     """The answers of a row, which is an object, of any of the formats, at least one."""
     answers = [row["answer"]] if "answer" in row else _field(row, "answers", list)
     answers = [item.get("answer") if isinstance(item, dict) else item for item in answers]
-    if not answers or not all(isinstance(item, str) or _is_number(item) for item in answers):
+    texts = [str(item) for item in answers if str(item).strip()]
+    if not texts or not all(isinstance(item, str) or _is_number(item) for item in answers):
         raise ValueError(
-            f"Answers must be strings or numbers, at least one. Received: {answers!r:.80}."
+            "Answers must be strings or numbers, at least one that is not blank. "
+            f"Received: {answers!r:.80}."
         )
-    return [str(item) for item in answers]
+    return texts
 
 
 def _named(image_name, row):
@@ -934,6 +939,14 @@ def _field(row, name, kind, source=None):
         except UnicodeEncodeError as error:
             raise ValueError(f"{where}`{name}` is no valid Unicode: {error}.") from error
     return value
+
+
+def _not_blank(row, name):
+    """The text of a field without the spaces around it."""
+    text = _field(row, name, str).strip()
+    if not text:
+        raise ValueError(f"`{name}` must not be blank. Received: {row[name]!r}.")
+    return text
 
 
 def _id(row, position):
