@@ -222,8 +222,9 @@ def write_jsonl(path, examples, *, overwrite=False):
 
     def name(image):
         if isinstance(image, (str, os.PathLike)):
+            image = os.path.expanduser(image)
             if not os.path.isfile(image):
-                raise ValueError(f"There is no image {os.fspath(image)!r}.")
+                raise ValueError(f"There is no image {image!r}.")
             image_path = os.path.realpath(os.path.dirname(image)), os.path.basename(image)
             return os.path.relpath(os.path.join(*image_path), folder).replace(os.sep, "/")
         levels = image_pixels(image)
@@ -845,7 +846,7 @@ class _Checks:
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"`image` must be a name or a list of them. Received: {names!r}.")
             return [self.images(folder, name) for name in names]
-        path = os.path.join(folder, names)
+        path = os.path.join(folder, os.path.expanduser(names))
         if self._check_images and not os.path.isfile(path):
             raise ValueError(f"There is no image {path!r}.")
         return path

@@ -257,6 +257,8 @@ def test_links_and_the_home_folder(folder, image, monkeypatch):
     (example,) = data.jsonl("~/home.jsonl")
     np.testing.assert_array_equal(np.asarray(Image.open(example["image"])), image)
     assert (folder / "home_images").is_dir()
+    data.write_jsonl("~/deep.jsonl", [{"image": "~/0.png", "prefix": "p", "suffix": "s"}])
+    assert data.jsonl("~/deep.jsonl")[0]["image"] == str(folder / "0.png")
 
 
 def test_a_file_is_whole_or_as_before(folder, image):
@@ -781,6 +783,11 @@ def test_home_folder(coco, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     captions = data.coco_captions("~/coco.json", check_images=False, on_error="skip")
     assert captions[0]["image"].startswith(str(folder))
+    path = folder / "home.jsonl"
+    path.write_text(json.dumps({"image": "~/0.png", "prefix": "p", "suffix": "s"}))
+    (folder / "elsewhere").mkdir()
+    (example,) = data.jsonl(path, folder / "elsewhere")
+    assert example["image"] == str(folder / "0.png")
 
 
 def test_masks_outside_of_their_boxes(folder):
