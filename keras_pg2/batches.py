@@ -4,6 +4,10 @@ Data is a sequence of examples, a dict of columns, or an iterable of either exam
 (`keras.utils.PyDataset`, `tf.data.Dataset`, torch `DataLoader`, grain, a generator). An example is
 a dict with "image" or "images", "prefix" or "prompt", and "suffix" or "response"; a batch is a dict
 with lists of them, or of arrays that are tokenized already.
+
+In a dict of columns, or a batch passed by itself, a str prompt goes with all images. An item of an
+iterable with a list of images and a str prompt is a batch if the prompt is in "prompts"; in
+"prefix" or "prompt" it makes one example with several images.
 """
 
 import collections.abc
@@ -37,8 +41,10 @@ def is_readable(data):
     """Whether `Batches` reads the data, so that it need not be left to Keras."""
     if isinstance(data, (Batches, dict)):
         return True
+    if isinstance(data, tuple):  # of examples or batches, not Keras' (x, y)
+        return all(isinstance(item, collections.abc.Mapping) for item in data)
     is_iterable = isinstance(data, collections.abc.Iterable) or hasattr(data, "__getitem__")
-    return is_iterable and not isinstance(data, (str, tuple)) and not hasattr(data, "__array__")
+    return is_iterable and not isinstance(data, str) and not hasattr(data, "__array__")
 
 
 class Batches(data_adapter.DataAdapter):
@@ -148,6 +154,7 @@ class Batches(data_adapter.DataAdapter):
 
     def _prepare(self, batch):
         if isinstance(batch, list) and "token_ids" in batch[0]:
+            _check_rows(batch)
             batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
         x = self._tokenized(batch) if "token_ids" in batch else self._preprocess(batch)
         return (self._fill(x),)
@@ -325,6 +332,39 @@ def shapes_of(arrays):
     return tuple((name, array.shape[1:]) for name, array in sorted(arrays.items()))
 
 
+def _check_rows(rows):
+    """Raises a ValueError if tokenized examples have not the fields and shapes of the first."""
+    shapes = [{name: tuple(np.shape(array)) for name, array in row.items()} for row in rows]
+    for row, row_shapes in zip(rows, shapes):
+        if row_shapes != shapes[0]:
+            raise ValueError(
+                "All tokenized examples of a batch must have the same fields and shapes: pad them "
+                f"to one length, with a 'padding_mask'. The first has {shapes[0]}. Received: one "
+                f"with {row_shapes}, token_ids={row.get('token_ids')!r:.80}"
+            )
+
+
+def single_batch(batch):
+    """Data that is one batch to `Batches`, and the `batch_size` for it.
+
+    Args:
+        batch: list of examples, or dict of lists or of tokenized arrays.
+
+    Returns:
+        data, batch_size.
+
+    Raises:
+        ValueError: if it is empty, or as `columns_of`.
+    """
+    if not isinstance(batch, dict):
+        if not len(batch):
+            raise ValueError(f"The batch is empty. Expected {_FORMS}.")
+        return batch, len(batch)
+    if "token_ids" not in batch:  # a single prompt would not say that it is one
+        batch = _named(("images", "prompts", "responses"), columns_of(batch))
+    return [batch], 1
+
+
 def columns_of(batch):
     """Images, prompts and responses of a batch.
 
@@ -347,11 +387,13 @@ def columns_of(batch):
                 raise ValueError(
                     f"All examples must have the same fields. One lacks {missing}: {example!r:.200}"
                 )
+            if _is_batch(example):
+                raise ValueError(
+                    "Data must hold either examples or batches. Received a batch after an "
+                    f"example: {example!r:.200}"
+                )
         batch = {name: [example[name] for example in batch] for name in fields}
-    found = [
-        next((batch[name] for name in names if name in batch), None)
-        for names in (_IMAGES, _PROMPTS, _RESPONSES)
-    ]
+    found = _found(batch)
     if "token_ids" in received:
         raise ValueError("Pass tokenized data to `predict` as one dict of arrays, not in parts.")
     if found[0] is None or found[1] is None:
@@ -369,6 +411,14 @@ def columns_of(batch):
     return images, prompts, None if responses is None else filled
 
 
+def _found(item):
+    """Images, prompts and responses under any of their names, or None."""
+    return [
+        next((item[name] for name in names if name in item), None)
+        for names in (_IMAGES, _PROMPTS, _RESPONSES)
+    ]
+
+
 def _items(column):
     """A list of what a column of any kind holds; a single item or an array of images stays."""
     is_single = column is None or isinstance(column, (str, os.PathLike, Image.Image))
@@ -384,15 +434,17 @@ def _text(item):
     return item.decode() if isinstance(item, bytes) else item
 
 
+def _named(names, columns):
+    return {name: column for name, column in zip(names, columns) if column is not None}
+
+
 class _Columns(collections.abc.Sequence):
     """Columns as a sequence of examples."""
 
     def __init__(self, columns):
         columns = dict(columns)
-        if "token_ids" not in columns:
-            images, prompts, responses = columns_of(columns)
-            columns = {"images": images, "prompts": prompts, "responses": responses}
-            columns = {name: column for name, column in columns.items() if column is not None}
+        if "token_ids" not in columns:  # by names of examples, since images are in lists then
+            columns = _named(("image", "prompt", "response"), columns_of(columns))
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"All columns must be of one length. Received: {lengths}")
@@ -428,15 +480,26 @@ def _unwrap(item):
 
 
 def _is_batch(item):
-    """Whether it holds lists, not a single prompt."""
+    """Whether an item of data is a batch, not an example; see the top of this file."""
     if "token_ids" in item:
         return np.ndim(item["token_ids"]) == 2
-    prompts = next((item[name] for name in _PROMPTS if name in item), "")
-    return not isinstance(prompts, (str, bytes)) and np.ndim(prompts) > 0
+    images, prompts, responses = _found(item)
+    if any(not isinstance(x, (str, bytes)) and np.ndim(x) > 0 for x in (prompts, responses)):
+        return True
+    is_list = isinstance(images, (list, tuple)) or len(getattr(images, "shape", ())) in (1, 4, 5)
+    if not is_list or not isinstance(item.get("prompts"), str):
+        return False
+    if responses is not None:
+        raise ValueError(
+            "A list of images with a single prompt and a single response may be one example or "
+            "several. For one with several images pass 'image', 'prefix' and 'suffix'; for a batch "
+            f"lists of prompts and responses. Received: {item!r:.200}"
+        )
+    return True
 
 
 def _batch_length(batch):
-    return len(next(batch[name] for name in (*_PROMPTS, "token_ids") if name in batch))
+    return len(batch["token_ids"] if "token_ids" in batch else columns_of(batch)[1])
 
 
 def _length(data):

@@ -222,8 +222,9 @@ def write_jsonl(path, examples, *, overwrite=False):
 
     def name(image):
         if isinstance(image, (str, os.PathLike)):
+            image = os.path.expanduser(image)
             if not os.path.isfile(image):
-                raise ValueError(f"There is no image {os.fspath(image)!r}.")
+                raise ValueError(f"There is no image {image!r}.")
             image_path = os.path.realpath(os.path.dirname(image)), os.path.basename(image)
             return os.path.relpath(os.path.join(*image_path), folder).replace(os.sep, "/")
         levels = image_pixels(image)
@@ -306,7 +307,7 @@ def coco_detection(
     rows = []
     for scene in _scenes(annotations, image_folder, keep_crowds, checks):
         for names, objects in _prompted(scene, prompt, seed):
-            size = (scene.height, scene.width)
+            size = (scene.width, scene.height)
             suffix = " ; ".join(f"{location_tokens(o.box, *size)} {o.label}" for o in objects)
             rows.append((scene.path, f"detect {names}", suffix))
     return _examples(rows, checks, shard, annotations)
@@ -314,9 +315,9 @@ def coco_detection(
 
 def coco_segmentation(
     annotations,
-    image_folder,
-    codec,
+    image_folder=None,
     *,
+    codec,
     prompt="categories",
     keep_crowds=False,
     check_images=True,
@@ -330,7 +331,7 @@ def coco_segmentation(
 
     Args:
         annotations: path of the JSON file, with `images`, `annotations` and `categories`.
-        image_folder: path of the folder of the images, or None for the file's.
+        image_folder: path of the folder of the images. Defaults to the file's.
         codec: SegmentationCodec, such as `model.get_codec()`. Or a callable that makes the suffix
             of the objects of one image from `masks` (bool array (count, height, width)),
             `labels` (list of str) and `boxes` (float array (count, 4), x1 y1 x2 y2 in pixels).
@@ -361,7 +362,7 @@ def coco_segmentation(
     for scene in _scenes(annotations, image_folder, keep_crowds, checks, with_masks=True):
         for names, objects in _prompted(scene, prompt, seed=0):
             rows.append((scene.path, f"segment {names}", None))
-            objects_of_rows.append((scene.height, scene.width, objects))
+            objects_of_rows.append((scene.width, scene.height, objects))
     if isinstance(codec, SegmentationCodec):
         codec = functools.partial(encode_segmentation, codec)
     suffixes = _Segmentations(codec, objects_of_rows)
@@ -403,13 +404,15 @@ def coco_captions(
 
     Source: big_vision `configs/proj/paligemma/transfers/cococap.py`.
     """
+    if not isinstance(prefix, str):
+        raise ValueError(f"`prefix` must be a string. Received: prefix={prefix!r}")
     checks = _Checks(on_error, check_images)
     rows = []
     for path, image, image_annotations in _read_coco(annotations, image_folder, checks)[1]:
         captions = []
         for place, annotation in image_annotations:
             with checks.row(place):
-                captions.append(_field(annotation, "caption", str).strip())
+                captions.append(_not_blank(annotation, "caption"))
         if one_per_image and captions:
             captions = [random.Random(f"{seed}/{image['id']}").choice(captions)]
         rows.extend((path, prefix, caption) for caption in captions)
@@ -428,8 +431,8 @@ class _Object:
 class _Scene:
     id: object
     path: str
-    height: int
     width: int
+    height: int
     objects: list
 
 
@@ -454,9 +457,9 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
     for path, image, image_annotations in annotated:
         objects = []
         with checks.row(f"{source}: image {image['id']}"):
-            height, width = (_field(image, name, int) for name in ("height", "width"))
-            if height < 1 or width < 1:
-                raise ValueError(f"Sizes must be positive. Received: {height} × {width}.")
+            width, height = (_field(image, name, int) for name in ("width", "height"))
+            if width < 1 or height < 1:
+                raise ValueError(f"Sizes must be positive. Received: {width} × {height}.")
             for place, annotation in image_annotations:
                 if annotation.get("iscrowd") and not keep_crowds:
                     continue
@@ -466,17 +469,17 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
                         raise ValueError(f"`category_id` {category!r} is not in `categories`.")
                     segmentation = annotation.get("segmentation") if with_masks else None
                     if with_masks:
-                        _check_segmentation(segmentation, height, width)
-                    box = _box(annotation, height, width)
-                    if box is None or not has_area(box, height, width):
+                        _check_segmentation(segmentation, width, height)
+                    box = _box(annotation, width, height)
+                    if box is None or not has_area(box, width, height):
                         num_empty += 1
                         continue
                     item = _Object(*categories[category], box, segmentation)
                     if with_masks:
-                        _check_overlap(item, height, width)
+                        _check_overlap(item, width, height)
                     objects.append(item)
         if objects:
-            yield _Scene(image["id"], path, height, width, objects)
+            yield _Scene(image["id"], path, width, height, objects)
     if num_empty:
         _LOG.info(
             "%s: left out %d boxes without a width or a height in location tokens, of which there "
@@ -533,7 +536,7 @@ def _check_prompt(prompt, choices):
         raise ValueError(f"`prompt` must be one of {choices}. Received: prompt={prompt!r}")
 
 
-def _box(annotation, height, width):
+def _box(annotation, width, height):
     """COCO's x, y, width and height in pixels to x1, y1, x2, y2 in the image, None if empty."""
     box = _field(annotation, "bbox", list)
     if len(box) != 4 or not all(_is_number(value) for value in box):
@@ -563,14 +566,14 @@ class _Segmentations:
 
     def __getitem__(self, row):
         if row not in self._suffixes:
-            height, width, objects = self._objects_of_rows[row]
-            masks = np.stack([_mask(item, height, width) for item in objects])
+            width, height, objects = self._objects_of_rows[row]
+            masks = np.stack([_mask(item, width, height) for item in objects])
             labels, boxes = [item.label for item in objects], [item.box for item in objects]
             self._suffixes[row] = self._codec(masks, labels, np.array(boxes, "float64"))
         return self._suffixes[row]
 
 
-def _check_segmentation(segmentation, height, width):
+def _check_segmentation(segmentation, width, height):
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [height, width]:
             raise ValueError(
@@ -598,11 +601,11 @@ def _check_segmentation(segmentation, height, width):
                 )
 
 
-def _check_overlap(item, height, width):
+def _check_overlap(item, width, height):
     box = item.box
     if isinstance(item.segmentation, dict):
-        x1, y1, x2, y2 = box_pixels(box, height, width)
-        if _mask(item, height, width)[y1:y2, x1:x2].any():
+        x1, y1, x2, y2 = box_pixels(box, width, height)
+        if _mask(item, width, height)[y1:y2, x1:x2].any():
             return
     else:
         for polygon in item.segmentation:
@@ -615,7 +618,7 @@ def _check_overlap(item, height, width):
     )
 
 
-def _mask(item, height, width):
+def _mask(item, width, height):
     """bool (height, width). A polygon too thin to hold the centre of a pixel fills its box."""
     if isinstance(item.segmentation, dict):
         counts = _run_lengths(item.segmentation)
@@ -623,8 +626,8 @@ def _mask(item, height, width):
         return np.repeat(values, counts).reshape(width, height).T
     mask = np.zeros((height, width), bool)
     for polygon in item.segmentation:
-        mask |= _polygon_mask(np.reshape(polygon, (-1, 2)), height, width)
-    x1, y1, x2, y2 = box_pixels(item.box, height, width)
+        mask |= _polygon_mask(np.reshape(polygon, (-1, 2)), width, height)
+    x1, y1, x2, y2 = box_pixels(item.box, width, height)
     if not mask[y1:y2, x1:x2].any():
         mask[y1:y2, x1:x2] = True
     return mask
@@ -659,7 +662,7 @@ def _run_lengths(segmentation):
     return lengths
 
 
-def _polygon_mask(points, height, width):
+def _polygon_mask(points, width, height):
     """The pixels whose centres are inside of a polygon, by the even-odd rule."""
     ends = np.roll(points, -1, axis=0)
     (x1, y1), (x2, y2) = points.T, ends.T
@@ -700,7 +703,8 @@ def vqa(
         annotations: path of the JSON file of the answers, or None if `questions` has them.
         image_folder: path of the folder of the images. Defaults to the file's.
         prefix: str with "{question}".
-        answer: "most common", the first if several are, or "random", drawn once.
+        answer: "most common", the first if several are, or "random", drawn once. Blank ones of
+            several do not count.
         image_name: None, or how file names follow from the fields of a question, such as
             "{image_id}.jpg". By default they are in `image`, or are COCO's:
             "COCO_train2014_000000000009.jpg" from `data_subtype` and `image_id`.
@@ -727,7 +731,7 @@ def vqa(
 
     Source: big_vision `configs/proj/paligemma/transfers/vqav2.py`.
     """
-    if "{question}" not in prefix:
+    if not isinstance(prefix, str) or "{question}" not in prefix:
         raise ValueError(f"`prefix` must hold '{{question}}'. Received: prefix={prefix!r}")
     if answer not in ("most common", "random"):
         raise ValueError(f"`answer` must be 'most common' or 'random'. Received: answer={answer!r}")
@@ -751,7 +755,7 @@ def vqa(
     for position, row in enumerate(tqdm.tqdm(questions, disable=len(questions) < _MANY_ROWS)):
         id = _id(row, position)
         with checks.row(f"{source}: question {id}"):
-            question = _field(row, "question", str).strip()
+            question = _not_blank(row, "question")
             if annotations is None:
                 choices = _answers(row)
             elif isinstance(id, (int, str)) and id in answers:
@@ -776,11 +780,13 @@ def _answers(row):
     """The answers of a row, which is an object, of any of the formats, at least one."""
     answers = [row["answer"]] if "answer" in row else _field(row, "answers", list)
     answers = [item.get("answer") if isinstance(item, dict) else item for item in answers]
-    if not answers or not all(isinstance(item, str) or _is_number(item) for item in answers):
+    texts = [str(item) for item in answers if str(item).strip()]
+    if not texts or not all(isinstance(item, str) or _is_number(item) for item in answers):
         raise ValueError(
-            f"Answers must be strings or numbers, at least one. Received: {answers!r:.80}."
+            "Answers must be strings or numbers, at least one that is not blank. "
+            f"Received: {answers!r:.80}."
         )
-    return [str(item) for item in answers]
+    return texts
 
 
 def _named(image_name, row):
@@ -840,7 +846,7 @@ class _Checks:
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"`image` must be a name or a list of them. Received: {names!r}.")
             return [self.images(folder, name) for name in names]
-        path = os.path.join(folder, names)
+        path = os.path.join(folder, os.path.expanduser(names))
         if self._check_images and not os.path.isfile(path):
             raise ValueError(f"There is no image {path!r}.")
         return path
@@ -934,6 +940,14 @@ def _field(row, name, kind, source=None):
         except UnicodeEncodeError as error:
             raise ValueError(f"{where}`{name}` is no valid Unicode: {error}.") from error
     return value
+
+
+def _not_blank(row, name):
+    """The text of a field without the spaces around it."""
+    text = _field(row, name, str).strip()
+    if not text:
+        raise ValueError(f"`{name}` must not be blank. Received: {row[name]!r}.")
+    return text
 
 
 def _id(row, position):

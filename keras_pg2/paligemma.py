@@ -1170,8 +1170,10 @@ class PaliGemma2(keras.Model):
             x: a sequence of examples, such as `keras_pg2.data.jsonl(...)`, each a dict with
                 "image", "prefix" and "suffix"; a dict of columns "images", "prompts" and
                 "responses"; or an iterable of such examples or batches: `keras.utils.PyDataset`,
-                `tf.data.Dataset`, torch `DataLoader`, grain, a generator. Tokenized data has
-                "images", "token_ids", "padding_mask" and "suffix_mask" instead, see `call`.
+                `tf.data.Dataset`, torch `DataLoader`, grain, a generator. A str in "prompts" goes
+                with all of a list of images; in "prefix" or "prompt" of an item it makes one
+                example with several images. Tokenized data has "images", "token_ids",
+                "padding_mask" and "suffix_mask" instead, see `call`.
             y: None. With a loss of your own, targets as `keras.Model.fit` wants them.
             batch_size: int, for data that is not in batches already.
             callbacks: list of `keras.callbacks.Callback`. They may generate and save; to change the
@@ -1270,14 +1272,14 @@ class PaliGemma2(keras.Model):
         """`predict` of one batch, raw or tokenized."""
         if not _is_raw(x):
             return super().predict_on_batch(x)
-        data, count = ([x], 1) if isinstance(x, dict) else (x, len(x))
+        data, count = batches.single_batch(x)
         return self.predict(data, batch_size=count, verbose=0)
 
     def _one_batch(self, function_name, x, y, options):
         if self._compile_loss is not None:
             return x
         _refuse_weights(options)
-        data, count = ([x], 1) if isinstance(x, dict) else (x, len(x))
+        data, count = batches.single_batch(x)
         data = self._batches(data, y, count)
         data.check_distribution()
         ((prepared,),) = data.arrays()

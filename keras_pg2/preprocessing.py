@@ -51,7 +51,7 @@ class Preprocessor:
             were trained with) or "bicubic" (equal to transformers' processor).
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or `tokenizer` a path.
 
     Source: big_vision `pp/ops_image.py` `get_resize`, `configs/proj/paligemma/transfers/common.py`.
     """
@@ -62,7 +62,7 @@ class Preprocessor:
                 f"`interpolation` must be one of {list(_INTERPOLATIONS)}. "
                 f"Received: interpolation={interpolation!r}"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer = _no_path(tokenizer)
         self.image_size = _integer("image_size", image_size, 1)
         if sequence_length is None:
             sequence_length = 128 if self.image_size <= 224 else 512
@@ -206,6 +206,16 @@ class Preprocessor:
         weight = np.roll(x["suffix_mask"], -1, axis=1).astype("float32")
         weight[:, -1] = 0
         return x, y, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
+
+
+def _no_path(tokenizer):
+    """A tokenizer. A str would fail later, since it can `encode`, too."""
+    if isinstance(tokenizer, (str, os.PathLike)):
+        raise ValueError(
+            "`tokenizer` must be a Tokenizer, such as `Tokenizer.from_file(path)`. "
+            f"Received: tokenizer={tokenizer!r}"
+        )
+    return tokenizer
 
 
 def _integer(name, value, least):
@@ -452,7 +462,7 @@ def image_levels(image):
 
 
 def _opened(path):
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     if not os.path.isfile(path):
         name = "image file, but a folder" if os.path.isdir(path) else "such image file"
         is_address = str(path).startswith(("http://", "https://"))

@@ -65,7 +65,9 @@ class Recipe:
     def schedule(self, num_examples, batch_size=None, epochs=None, accumulate=1):
         """Linear warm-up from 0 over 5 % of the training, then a cosine down to 0.
 
-        It counts batches of `fit`, as Keras does; an epoch includes its smaller last batch.
+        It counts batches of `fit`, as Keras does; an epoch includes its smaller last batch. A
+        recipe with `steps` makes as many whatever `num_examples` and `batch_size` are, unless
+        `epochs` is given.
 
         Args:
             num_examples, batch_size, epochs, accumulate: see `optimizer`.
@@ -75,13 +77,17 @@ class Recipe:
 
         Raises:
             ValueError: if an argument is not positive, neither it nor the recipe gives a value, or
-                `accumulate` does not divide `batch_size` or exceeds the batches in all.
+                `accumulate` is no integer, does not divide `batch_size` or exceeds the batches in
+                all.
 
         Source: big_vision `utils.py`, `create_learning_rate_schedule`.
         """
         learning_rate = self._given("learning_rate")
-        if accumulate < 1:
-            raise ValueError(f"`accumulate` must be positive. Received: accumulate={accumulate!r}")
+        is_integer = isinstance(accumulate, numbers.Integral) and not isinstance(accumulate, bool)
+        if not is_integer or accumulate < 1:
+            raise ValueError(
+                f"`accumulate` must be a positive integer. Received: accumulate={accumulate!r}"
+            )
         if self.steps is not None and epochs is None:
             batches = self.steps * accumulate
         else:
@@ -111,7 +117,8 @@ class Recipe:
         """Adam, or AdamW if weights decay, with the schedule and gradients clipped to norm 1.
 
         Args:
-            num_examples: int, of one epoch, on all processes together.
+            num_examples: int, of one epoch, on all processes together. It and `batch_size` have no
+                effect in recipes with `steps`, unless `epochs` is given.
             batch_size: int or None for the recipe's, examples in a step, on all processes and in
                 all accumulated batches together.
             epochs: float or None for the recipe's.

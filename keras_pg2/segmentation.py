@@ -561,14 +561,14 @@ def crop_masks(masks, boxes):
     """
     masks = _checked_masks(masks)
     height, width = masks.shape[1:]
-    boxes = _checked_boxes(boxes, height, width)
+    boxes = _checked_boxes(boxes, width, height)
     if len(boxes) != len(masks):
         raise ValueError(
             f"`masks` and `boxes` must be as many. Received: {len(masks)} masks, {len(boxes)} boxes"
         )
     crops = np.zeros((len(masks), MASK_SIZE, MASK_SIZE), "float32")
     for i, (mask, box) in enumerate(zip(masks, boxes)):
-        x1, y1, x2, y2 = box_pixels(box, height, width)
+        x1, y1, x2, y2 = box_pixels(box, width, height)
         crop = mask[y1:y2, x1:x2]
         if not crop.any():
             raise ValueError(
@@ -579,14 +579,13 @@ def crop_masks(masks, boxes):
     return np.clip(crops, 0, 1)
 
 
-def mask_from_codes(decoded, box, height, width):
+def mask_from_codes(decoded, box, width, height):
     """One mask of the image from what `SegmentationCodec.decode` makes of its codes.
 
     Args:
         decoded: float (64, 64), inside where positive.
         box: 4 float.
-        height: int, of the image.
-        width: int, of the image.
+        width, height: int, of the image.
 
     Returns:
         bool NumPy array (height, width): `decoded` resized bilinearly to the box, where it is
@@ -607,23 +606,22 @@ def mask_from_codes(decoded, box, height, width):
     mask = np.zeros((height, width), bool)
     box = np.clip(box, 0, [width, height, width, height])
     if box[0] < box[2] and box[1] < box[3]:
-        x1, y1, x2, y2 = box_pixels(box, height, width)
-        mask[y1:y2, x1:x2] = _resize(decoded.astype("float32"), y2 - y1, x2 - x1) > 0
+        x1, y1, x2, y2 = box_pixels(box, width, height)
+        mask[y1:y2, x1:x2] = _resize(decoded.astype("float32"), x2 - x1, y2 - y1) > 0
     return mask
 
 
-def _resize(array, height, width):
+def _resize(array, width, height):
     resized = Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
 
-def box_pixels(box, height, width):
+def box_pixels(box, width, height):
     """The pixels whose centres are in a box, at least one.
 
     Args:
         box: 4 float, x1, y1, x2, y2 in pixels, inside of the image.
-        height: int, of the image.
-        width: int, of the image.
+        width, height: int, of the image.
 
     Returns:
         tuple of 4 int, x1, y1, x2, y2; the last two are not part of it.
@@ -644,7 +642,7 @@ def _checked_masks(masks):
     return masks
 
 
-def _checked_boxes(boxes, height, width):
+def _checked_boxes(boxes, width, height):
     """float64 (count, 4), clipped to the image."""
     boxes = np.asarray(boxes, "float64")
     boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
@@ -666,14 +664,13 @@ def _checked_boxes(boxes, height, width):
 # Strings ------------------------------------------------------------------------------------
 
 
-def encode_detection(boxes, labels, height, width):
+def encode_detection(boxes, labels, width, height):
     """Boxes and labels of an image to the suffix PaliGemma learns for `detect`.
 
     Args:
         boxes: float (count, 4).
         labels: list of str, as many; "" for a box without a label.
-        height: int, of the image.
-        width: int, of the image.
+        width, height: int, of the image.
 
     Returns:
         str, "" without boxes.
@@ -683,12 +680,12 @@ def encode_detection(boxes, labels, height, width):
             location tokens, or a label is no string or contains ";", "<" or a line break.
 
     Example:
-        >>> encode_detection([(50, 30, 160, 90)], ["cat"], height=120, width=200)
+        >>> encode_detection([(50, 30, 160, 90)], ["cat"], width=200, height=120)
         '<loc0256><loc0256><loc0767><loc0818> cat'
 
     Source: big_vision `pp/proj/paligemma/segmentation.py`.
     """
-    return _join(_locations(boxes, height, width), labels)
+    return _join(_locations(boxes, width, height), labels)
 
 
 def encode_segmentation(codec, masks, labels, boxes=None):
@@ -727,7 +724,7 @@ def encode_segmentation(codec, masks, labels, boxes=None):
             image_boxes = boxes_of_masks(image_masks)
         crops.append(crop_masks(image_masks, image_boxes))
         height, width = np.shape(image_masks)[1:]
-        locations.append(_locations(image_boxes, height, width))
+        locations.append(_locations(image_boxes, width, height))
     codes = iter(codec.encode(np.concatenate(crops)).tolist())
     suffixes = [
         _join([box + _segments(next(codes)) for box in image_locations], image_labels)
@@ -736,36 +733,35 @@ def encode_segmentation(codec, masks, labels, boxes=None):
     return suffixes[0] if is_single else suffixes
 
 
-def _locations(boxes, height, width):
+def _locations(boxes, width, height):
     """list of str, the location tokens of boxes that have an area in them."""
     locations = []
-    for box in _checked_boxes(boxes, height, width):
-        check_area(box.tolist(), height, width)
-        locations.append(location_tokens(box, height, width))
+    for box in _checked_boxes(boxes, width, height):
+        check_area(box.tolist(), width, height)
+        locations.append(location_tokens(box, width, height))
     return locations
 
 
-def location_tokens(box, height, width):
+def location_tokens(box, width, height):
     """A box as PaliGemma writes it.
 
     Args:
         box: 4 numbers, (x1, y1, x2, y2) in pixels.
-        height: int, of the image.
-        width: int, of the image.
+        width, height: int, of the image.
 
     Returns:
         str, four tokens in the order y1, x1, y2, x2.
 
     Example:
-        >>> location_tokens((0, 28, 56, 112), height=112, width=112)
+        >>> location_tokens((0, 28, 56, 112), width=112, height=112)
         '<loc0256><loc0000><loc1023><loc0512>'
     """
-    return "".join(f"<loc{place:04d}>" for place in location_numbers(box, height, width))
+    return "".join(f"<loc{place:04d}>" for place in location_numbers(box, width, height))
 
 
-def check_area(box, height, width):
+def check_area(box, width, height):
     """Raises a ValueError if a box, a sequence of 4 numbers, has no area, see `has_area`."""
-    if not has_area(box, height, width):
+    if not has_area(box, width, height):
         raise ValueError(
             "A box must have a width and a height in location tokens, of which there are "
             f"{NUM_LOCATIONS} a side. Received: {box} in an image of height {height} and width "
@@ -773,13 +769,13 @@ def check_area(box, height, width):
         )
 
 
-def has_area(box, height, width):
+def has_area(box, width, height):
     """Whether a box still has a width and a height in location tokens."""
-    y1, x1, y2, x2 = location_numbers(box, height, width)
+    y1, x1, y2, x2 = location_numbers(box, width, height)
     return y1 < y2 and x1 < x2
 
 
-def location_numbers(box, height, width):
+def location_numbers(box, width, height):
     """The numbers in `location_tokens`: list of 4 int in [0, 1024), y1, x1, y2, x2."""
     x1, y1, x2, y2 = box
     last = NUM_LOCATIONS - 1

@@ -63,8 +63,8 @@ def region_prompt(box, width, height):
         raise ValueError(
             f"A box must overlap its image of {width} × {height} pixels. Received: {box}"
         )
-    check_area((x1, y1, x2, y2), height, width)
-    return f"caption {location_tokens((x1, y1, x2, y2), height, width)}"
+    check_area((x1, y1, x2, y2), width, height)
+    return f"caption {location_tokens((x1, y1, x2, y2), width, height)}"
 
 
 def list_of_things(things):
@@ -216,7 +216,8 @@ class Detections(collections.abc.Sequence):
                 None for those of this image alone, in alphabetical order.
 
         Returns:
-            supervision.Detections.
+            supervision.Detections. Its masks are None if no object has one; beside others, an
+            object without one has an empty mask.
 
         Raises:
             ImportError: if supervision is missing.
@@ -232,11 +233,14 @@ class Detections(collections.abc.Sequence):
         names = sorted(set(labels)) if names is None else list(names)
         if missing := set(labels) - set(names):
             raise ValueError(f"`names` must have all labels. Missing: {sorted(missing)}")
-        masks = [item.mask for item in self.items]
+        masks = None
+        if any(item.mask is not None for item in self.items):
+            empty = np.zeros((self.height, self.width), bool)
+            masks = np.stack([empty if item.mask is None else item.mask for item in self.items])
         scores = [1.0 if item.score is None else item.score for item in self.items]
         return supervision.Detections(
             xyxy=np.array([item.box for item in self.items], "float32"),
-            mask=None if any(mask is None for mask in masks) else np.stack(masks),
+            mask=masks,
             confidence=np.array(scores, "float32"),
             class_id=np.array([names.index(label) for label in labels]),
             data={"class_name": np.array(labels)},
@@ -313,7 +317,7 @@ def _detections(text, width, height, codec=None, score=None):
     if codec is not None and with_mask:
         masks = codec.decode(np.array([codes[i] for i in with_mask]))
         for i, mask in zip(with_mask, masks):
-            mask = mask_from_codes(mask, found[i].box, height, width)
+            mask = mask_from_codes(mask, found[i].box, width, height)
             found[i] = dataclasses.replace(found[i], mask=mask)
     return Detections(tuple(found), int(width), int(height), text)
 

@@ -257,6 +257,8 @@ def test_links_and_the_home_folder(folder, image, monkeypatch):
     (example,) = data.jsonl("~/home.jsonl")
     np.testing.assert_array_equal(np.asarray(Image.open(example["image"])), image)
     assert (folder / "home_images").is_dir()
+    data.write_jsonl("~/deep.jsonl", [{"image": "~/0.png", "prefix": "p", "suffix": "s"}])
+    assert data.jsonl("~/deep.jsonl")[0]["image"] == str(folder / "0.png")
 
 
 def test_a_file_is_whole_or_as_before(folder, image):
@@ -425,7 +427,17 @@ def test_bad_categories_and_prompts(coco):
     with pytest.raises(ValueError, match=r"`prompt` must be one of .*Received: prompt='boxes'"):
         data.coco_detection(coco, prompt="boxes")
     with pytest.raises(ValueError, match="`prompt` must be one of"):
-        data.coco_segmentation(coco, None, str, prompt="all classes")
+        data.coco_segmentation(coco, codec=str, prompt="all classes")
+
+
+def test_blank_captions(folder, caplog):
+    path = _coco(folder, [_annotation(1), _annotation(7, caption=" ")])
+    with pytest.raises(ValueError, match=r"annotation 7: `caption` must not be blank"):
+        data.coco_captions(path)
+    assert _suffixes(data.coco_captions(path, on_error="skip")) == ["caption 1"]
+    assert "Left out 1 bad rows" in caplog.text
+    with pytest.raises(ValueError, match=r"`prefix` must be a string\. Received: prefix=5"):
+        data.coco_captions(path, prefix=5)
 
 
 def test_captions(coco, folder):
@@ -461,7 +473,7 @@ def _masks(folder, *segmentations, size=1, **values):
         for id, segmentation in enumerate(segmentations)
     ]
     codec = Codec()
-    examples = data.coco_segmentation(_coco(folder, annotations), None, codec)
+    examples = data.coco_segmentation(_coco(folder, annotations), codec=codec)
     (example,) = examples
     assert example["prefix"] == "segment cat"
     ((masks, labels, boxes),) = codec.calls
@@ -477,7 +489,7 @@ def test_masks_by_a_real_codec(folder):
     segmentation = {"size": [120, 90], "counts": COMPRESSED_STRIPES}
     annotation = _annotation(1, image_id=2, bbox=(3, 5, 77, 105), segmentation=segmentation)
     codec = SegmentationCodec.from_file(CODEC)
-    (example,) = data.coco_segmentation(_coco(folder, [annotation]), None, codec)
+    (example,) = data.coco_segmentation(_coco(folder, [annotation]), codec=codec)
     (found,) = parse_detections(example["suffix"], 90, 120, codec)
     assert found.label == "cat"
     np.testing.assert_allclose(found.box, (3, 5, 80, 110), atol=0.1)
@@ -551,15 +563,15 @@ def test_segmentation_texts(folder):
         _annotation(2, segmentation={"size": [9, 7], "counts": COMPRESSED}, category_id=5),
     ]
     codec = Codec()
-    (example,) = data.coco_segmentation(_coco(folder, annotations), folder, codec)
+    (example,) = data.coco_segmentation(_coco(folder, annotations), folder, codec=codec)
     assert example["prefix"] == "segment dog ; cat"
     assert example["suffix"] == "16 dog ; 16 cat"
     np.testing.assert_array_equal(codec.calls[0][2], [[0, 0, 7, 9], [1, 2, 5, 6]])
-    examples = data.coco_segmentation(_coco(folder, annotations), None, codec, prompt="category")
+    examples = data.coco_segmentation(_coco(folder, annotations), codec=codec, prompt="category")
     assert [example["prefix"] for example in examples] == ["segment dog", "segment cat"]
     assert _suffixes(examples[1:]) == ["16 cat"]
     with pytest.raises(ValueError, match=r"`codec` must be a SegmentationCodec.*codec=None"):
-        data.coco_segmentation(_coco(folder, annotations), None, None)
+        data.coco_segmentation(_coco(folder, annotations), codec=None)
 
 
 @pytest.mark.parametrize(
@@ -583,7 +595,7 @@ def test_segmentation_texts(folder):
 def test_bad_masks(folder, segmentation, message):
     path = _coco(folder, [_annotation(7, segmentation=segmentation)])
     with pytest.raises(ValueError, match=rf"coco\.json: annotation 7: .*{message}"):
-        data.coco_segmentation(path, None, Codec())
+        data.coco_segmentation(path, codec=Codec())
 
 
 # Visual question answering
@@ -637,7 +649,7 @@ def test_questions_and_answers_in_one_file(folder, wrap):
     rows = [
         {"image": "0.png", "question": "a?", "answer": "yes"},
         {"image": "1.png", "question": "b?", "answers": ["x", "y", "y"], "questionId": 3},
-        {"image": "1.png", "question": "c?", "answers": _answers("z")},
+        {"image": "1.png", "question": "c?", "answers": _answers("", "z", "")},
     ]
     examples = data.vqa(_save(folder / "vqa.json", wrap(rows)))
     assert _suffixes(examples) == ["yes", "y", "z"]
@@ -671,6 +683,9 @@ def test_names_of_images(folder):
         ({"question": "q", "image": "0.png"}, "question number 2: .*`answers` is missing"),
         ({"question": "q", "image": "0.png", "answers": []}, "Answers must be strings or numbers"),
         ({"question": "q", "image": "0.png", "answers": [[3]]}, r"Received: \[\[3\]\]"),
+        ({"question": " ", "image": "0.png", "answer": "a"}, "`question` must not be blank"),
+        ({"question": "q", "image": "0.png", "answer": ""}, r"not blank\. Received: \[''\]"),
+        ({"question": "q", "image": "0.png", "answers": ["", " "]}, "not blank"),
         ({"question": "q", "image": "no.png", "answer": "a"}, "There is no image"),
         (["q"], "question number 2: There must be a JSON object"),
         (
@@ -717,6 +732,7 @@ def test_questions_without_answers(vqav2):
     ("options", "message"),
     [
         ({"prefix": "answer en"}, "`prefix` must hold '{question}'"),
+        ({"prefix": 5}, "`prefix` must hold '{question}'. Received: prefix=5"),
         ({"answer": "all"}, "`answer` must be 'most common' or 'random'. Received: answer='all'"),
     ],
 )
@@ -753,7 +769,7 @@ def test_an_error_is_not_the_end(folder):
         _annotation(i, segmentation=[[1, 1, 5, 1, 5, 5]], category_id=(1, 5)[i]) for i in range(2)
     ]
     examples = data.coco_segmentation(
-        _coco(folder, annotations), None, lambda masks, labels, boxes: labels[9]
+        _coco(folder, annotations), codec=lambda masks, labels, boxes: labels[9]
     )
     with pytest.raises(IndexError):
         list(examples)
@@ -767,6 +783,11 @@ def test_home_folder(coco, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     captions = data.coco_captions("~/coco.json", check_images=False, on_error="skip")
     assert captions[0]["image"].startswith(str(folder))
+    path = folder / "home.jsonl"
+    path.write_text(json.dumps({"image": "~/0.png", "prefix": "p", "suffix": "s"}))
+    (folder / "elsewhere").mkdir()
+    (example,) = data.jsonl(path, folder / "elsewhere")
+    assert example["image"] == str(folder / "0.png")
 
 
 def test_masks_outside_of_their_boxes(folder):
@@ -774,7 +795,7 @@ def test_masks_outside_of_their_boxes(folder):
     annotation = _annotation(1, 2, bbox=(50, 90, 20, 20))
     annotation["segmentation"] = {"size": [120, 90], "counts": [0, 240, 120 * 88]}
     with pytest.raises(ValueError, match=r"annotation 1: `segmentation` must overlap `bbox`"):
-        data.coco_segmentation(_coco(folder, [annotation]), None, codec)
+        data.coco_segmentation(_coco(folder, [annotation]), codec=codec)
     # A polygon beside the box that touches it fills the box, as one that is too thin.
     (mask,) = _masks(folder, [[0, 0, 2, 0, 2, 2, 0, 2]], bbox=(2, 2, 3, 3))
     assert mask[2:5, 2:5].all()

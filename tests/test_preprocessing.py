@@ -51,10 +51,13 @@ def test_bicubic_equals_transformers(data, tokenizer, file):
 # Kinds of images
 
 
-def test_path_image_and_array_agree(preprocessor, image, tmp_path):
+def test_path_image_and_array_agree(preprocessor, image, tmp_path, monkeypatch):
     path = tmp_path / "image.png"
     Image.fromarray(image).save(path)
     expected = preprocessor.load_image(image)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.testing.assert_array_equal(preprocessor.load_image("~/image.png"), expected)
+    assert image_size("~/image.png") == image.shape[1::-1]
     assert expected.shape == (56, 56, 3)
     assert expected.dtype == np.float32
     assert -1 <= expected.min() < -0.5 < 0.5 < expected.max() <= 1
@@ -314,6 +317,12 @@ def test_bad_options(tokenizer, options):
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}="):
         Preprocessor(tokenizer, 56, **options)
+
+
+def test_the_path_of_a_tokenizer_is_none(tmp_path):
+    for path in ("tokenizer.model", tmp_path):
+        with pytest.raises(ValueError, match=r"must be a Tokenizer, .*from_file.*Received: tokeni"):
+            Preprocessor(path, 56)
 
 
 def test_copies(preprocessor, image):

@@ -112,6 +112,7 @@ def test_batch_size_leaves_the_learning_rate_alone():
 def test_steps_in_place_of_epochs():
     recipe = recipes.get("ocr")
     assert _rates(recipe.schedule(10), [750, 15_000]) == pytest.approx([1e-5, 0], abs=1e-12)
+    assert recipe.schedule(9, batch_size=8).get_config() == recipe.schedule(10).get_config()
     assert _rates(recipe.schedule(256 * 20, epochs=1), [1, 20]) == pytest.approx([1e-5, 0])
 
 
@@ -127,7 +128,9 @@ def test_a_single_step_learns():
         ("default", {"num_examples": 0}, "`num_examples` must be positive"),
         ("default", {"batch_size": 0}, "`batch_size` must be positive. Received: batch_size=0"),
         ("default", {"epochs": -1}, "`epochs` must be positive"),
-        ("default", {"accumulate": 0}, "`accumulate` must be positive"),
+        ("default", {"accumulate": 0}, "`accumulate` must be a positive integer"),
+        ("ocr", {"accumulate": 2.5}, "`accumulate` must be a positive integer. Received: .*=2.5"),
+        ("ocr", {"accumulate": True}, "`accumulate` must be a positive integer"),
         ("default", {"accumulate": 3}, "`accumulate` must divide the batch size, 256.*=3"),
         (
             "default",

@@ -336,7 +336,7 @@ def test_crops():
 def test_masks_of_decoded_codes():
     decoded = np.ones((64, 64), "float32")
     decoded[:, 32:] = -1
-    mask = mask_from_codes(decoded, (2, 1, 6, 3), height=4, width=8)
+    mask = mask_from_codes(decoded, (2, 1, 6, 3), width=8, height=4)
     assert mask.astype(int).tolist() == [
         [0, 0, 0, 0, 0, 0, 0, 0],
         [0, 0, 1, 1, 0, 0, 0, 0],
@@ -344,13 +344,13 @@ def test_masks_of_decoded_codes():
         [0, 0, 0, 0, 0, 0, 0, 0],
     ]
     for empty in [(6, 1, 2, 3), (2, 1, 2, 3), (9, 0, 12, 3)]:
-        assert not mask_from_codes(decoded, empty, 4, 8).any()
-    assert mask_from_codes(np.ones((64, 64)), (7.9, 3.9, 8, 4), 4, 8).sum() == 1
-    assert mask_from_codes(decoded, (-8, -5, 80, 50), 4, 8).sum() == 16  # clipped first
+        assert not mask_from_codes(decoded, empty, 8, 4).any()
+    assert mask_from_codes(np.ones((64, 64)), (7.9, 3.9, 8, 4), 8, 4).sum() == 1
+    assert mask_from_codes(decoded, (-8, -5, 80, 50), 8, 4).sum() == 16  # clipped first
     with pytest.raises(ValueError, match=r"one mask \(64, 64\).*shape \(1, 64, 64\)"):
-        mask_from_codes(decoded[None], (0, 0, 1, 1), 4, 8)
+        mask_from_codes(decoded[None], (0, 0, 1, 1), 8, 4)
     with pytest.raises(ValueError, match="`box` must be 4 numbers"):
-        mask_from_codes(decoded, (0, 0, 1, np.nan), 4, 8)
+        mask_from_codes(decoded, (0, 0, 1, np.nan), 8, 4)
 
 
 # Strings
@@ -372,7 +372,7 @@ def test_masks_of_decoded_codes():
     ],
 )
 def test_detection(boxes, labels, suffix):
-    assert encode_detection(boxes, labels, height=120, width=200) == suffix
+    assert encode_detection(boxes, labels, width=200, height=120) == suffix
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_detection(boxes, labels, suffix):
 )
 def test_wrong_objects(boxes, labels, message):
     with pytest.raises(ValueError, match=message):
-        encode_detection(boxes, labels, height=120, width=200)
+        encode_detection(boxes, labels, width=200, height=120)
 
 
 def test_segmentation(tiny):

@@ -165,7 +165,7 @@ def test_masks(codec, segments, has_mask):
         assert found.mask.shape == (50, 100)
         assert found.mask.dtype == bool
         expected = keras_pg2.segmentation.mask_from_codes(
-            codec.decode(np.arange(16)[None])[0], found.box, 50, 100
+            codec.decode(np.arange(16)[None])[0], found.box, 100, 50
         )
         np.testing.assert_array_equal(found.mask, expected)
         assert 0 < found.mask.sum() < 20 * 12
@@ -284,10 +284,10 @@ def test_what_is_written_is_read(objects):
     boxes, labels = [], []
     for (a, b, c, d), label in objects:
         if a != b and c != d:
-            boxes.append((min(a, b), min(c, d), max(a, b), max(c, d)))
+            boxes.append((2 * min(a, b), min(c, d), 2 * max(a, b), max(c, d)))
             labels.append(f"{label} {len(labels)}")
-    text = keras_pg2.segmentation.encode_detection(boxes, labels, 1023, 1023)
-    found = parse_detections(text, 1023, 1023)
+    text = keras_pg2.segmentation.encode_detection(boxes, labels, WIDTH, HEIGHT)
+    found = parse_detections(text, WIDTH, HEIGHT)
     assert [item.label for item in found] == labels
     for item, box in zip(found, boxes):
         np.testing.assert_allclose(item.box, box)
@@ -407,7 +407,9 @@ def test_supervision(detections, monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", fake)
     fields = detections.to_supervision()
     np.testing.assert_array_equal(fields["xyxy"], [[2, 1, 5, 3], [0, 0, 6, 4]])
-    assert fields["mask"] is None  # one has none
+    assert fields["mask"].shape == (2, 4, 6)
+    assert fields["mask"][0].sum() == 6
+    assert not fields["mask"][1].any()  # it has none
     assert fields["data"]["class_name"].tolist() == ["cat", "dog"]
     np.testing.assert_array_equal(fields["class_id"], [0, 1])
     np.testing.assert_allclose(fields["confidence"], [0.5, 1])
@@ -415,8 +417,7 @@ def test_supervision(detections, monkeypatch):
     np.testing.assert_array_equal(fields["class_id"], [2, 0])
     with pytest.raises(ValueError, match="'dog'"):
         detections.to_supervision(["cat"])
-    only = Detections(detections.items[:1], 6, 4)
-    assert only.to_supervision()["mask"].shape == (1, 4, 6)
+    assert Detections(detections.items[1:], 6, 4).to_supervision()["mask"] is None
 
 
 def test_supervision_is_optional(detections, monkeypatch):

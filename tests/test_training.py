@@ -103,6 +103,7 @@ FORMS = {
     "columns": lambda columns: columns,
     "array": lambda columns: {**columns, "images": np.stack(columns["images"])},
     "examples": examples_of,
+    "tuple of examples": lambda columns: tuple(examples_of(columns)),
     "generator of examples": lambda columns: (row for row in examples_of(columns)),
     "generator of batches": in_batches,
     "list of batches": lambda columns: list(in_batches(columns)),
@@ -139,6 +140,19 @@ def test_tokenized_data(tokenizer, columns):
                 np.testing.assert_array_equal(x[name], wanted[name], err_msg=name)
 
 
+def test_tokenized_examples_are_alike(tokenizer, columns):
+    x = read(columns, tokenizer, batch_size=4)[0]
+    rows = [{name: array[i] for name, array in x.items()} for i in range(4)]
+    (stacked,) = read(rows, tokenizer, batch_size=4)
+    np.testing.assert_array_equal(stacked["token_ids"], x["token_ids"])
+    masks = ("token_ids", "padding_mask", "suffix_mask", "loss_mask")
+    short = {name: a[:-1] if name in masks else a for name, a in rows[2].items()}
+    bare = {name: a for name, a in rows[2].items() if name != "padding_mask"}
+    for changed, first in [(short, rows[0]), (bare, rows[0]), (rows[2], bare)]:
+        with pytest.raises(ValueError, match=r"same fields and shapes.*one with.*token_ids="):
+            read([first, changed], tokenizer)
+
+
 def test_what_a_batch_holds(tokenizer, columns):
     x = read(columns, tokenizer, batch_size=4)[0]
     assert x["images"].shape == (4, 1, 28, 28, 3)
@@ -165,7 +179,7 @@ def test_order_depends_on_seed_and_epoch_alone(tokenizer, columns):
         keras.utils.set_random_seed(seed)
         data = batches.Batches(columns, None, VOCAB_SIZE, batch_size=3, shuffle=True)
         data.epoch = epoch
-        return [int(row["prompts"]) for b in data.raw_batches() for row in b]
+        return [int(row["prompt"]) for b in data.raw_batches() for row in b]
 
     assert order(3, 1) == order(3, 1)
     assert len({tuple(order(epoch, seed)) for epoch in (0, 1) for seed in (0, 1)}) == 4
@@ -203,7 +217,7 @@ def test_the_last_share_is_for_validation(tokenizer, columns):
     data = batches.Batches(columns, preprocessor, VOCAB_SIZE, batch_size=3, shuffle=True)
     orders = []
     for part in data.split(0.3, 2):
-        orders.append([[int(row["prompts"]) for row in batch] for batch in part.raw_batches()])
+        orders.append([[int(row["prompt"]) for row in batch] for batch in part.raw_batches()])
     trained = [row for batch in orders[0] for row in batch]
     assert sorted(trained) == list(range(7)) != trained
     assert [len(batch) for batch in orders[0]] == [3, 3, 1]
@@ -405,6 +419,50 @@ def test_single_batches(tokenizer, columns):
         model.test_on_batch(x, class_weight={0: 1})
     with pytest.raises(ValueError, match=r"\['sample_weight'\] have no effect"):
         model.test_on_batch(x, None, np.zeros(10))
+
+
+def test_a_prompt_for_all_images_of_a_batch(tokenizer, columns, monkeypatch):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.0))
+    images = columns["images"]
+    batch = {"images": images[:2], "prompts": "ocr"}
+
+    def generate(images, prompts, **options):
+        return [f"{prompt}: {len(row)}" for row, prompt in zip(images, prompts, strict=True)]
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert model.predict(batch, verbose=0) == ["ocr: 1"] * 2
+    assert model.predict_on_batch(batch) == ["ocr: 1"] * 2
+    array = {**batch, "images": np.stack(images[:2])}
+    for data in ([batch, batch], [array, array], iter([batch, batch])):
+        assert model.predict(data, verbose=0) == ["ocr: 1"] * 4
+    pair = {"images": images[:2], "prompt": "ocr"}  # as the prompt of an example is named
+    assert model.predict([pair], verbose=0) == ["ocr: 2"]
+
+    batch["responses"] = ["cat", "cat cat"]
+    pair["response"] = "cat"
+    (x,) = read([batch], tokenizer)
+    assert x["images"].shape == (2, 1, 28, 28, 3)
+    (x,) = read([pair] * 3, tokenizer, batch_size=3)
+    assert x["images"].shape == (3, 2, 28, 28, 3)
+    loss = model.evaluate(batch, verbose=0)
+    for method in (model.test_on_batch, model.train_on_batch):
+        model.reset_metrics()
+        np.testing.assert_allclose(method(batch), loss, rtol=1e-5)
+    batch["responses"] = "cat"  # for all, or of one example with two images
+    assert read(batch, tokenizer, batch_size=2)[0]["images"].shape == (2, 1, 28, 28, 3)
+    with pytest.raises(ValueError, match=r"one example or several.*'prefix' and 'suffix'; for a b"):
+        read([batch], tokenizer)
+    with pytest.raises(ValueError, match="Received a batch after an example"):
+        read([{**batch, "images": images[0]}, {**batch, "prompts": ["ocr"]}], tokenizer)
+
+
+def test_an_empty_batch(tokenizer):
+    model = micro_model(tokenizer)
+    model.compile("sgd")
+    for method in (model.train_on_batch, model.test_on_batch, model.predict_on_batch):
+        with pytest.raises(ValueError, match="The batch is empty"):
+            method([])
 
 
 def test_single_batches_of_several_lengths(tokenizer, columns):

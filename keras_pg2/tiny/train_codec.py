@@ -77,7 +77,7 @@ def round_trip_iou(codec, masks):
     decoded = codec.decode(codec.encode(inside_boxes(masks)))
     ious = []
     for mask, box, inside in zip(masks, boxes, decoded):
-        result = mask_from_codes(inside, box, *mask.shape)
+        result = mask_from_codes(inside, box, *mask.shape[::-1])
         ious.append((mask & result).sum() / (mask | result).sum())
     return np.array(ious)
 
