@@ -24,6 +24,7 @@ from keras.src.utils import rng_utils
 from PIL import Image
 
 from keras_pg2 import _backend
+from keras_pg2.config import check_positive
 from keras_pg2.preprocessing import batch_examples
 
 _LOG = logging.getLogger(__name__)
@@ -71,8 +72,7 @@ class Batches(data_adapter.DataAdapter):
     """
 
     def __init__(self, data, preprocessor, vocab_size, batch_size=8, shuffle=False):
-        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be a positive integer. Received: {batch_size!r}")
+        check_positive(batch_size=batch_size)
         self.preprocessor = preprocessor
         self.epoch = 0
         self._vocab_size = vocab_size

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import keras
 
+from keras_pg2.config import check_positive
+
 _TRANSFERS = "big_vision configs/proj/paligemma/transfers"
 _PAPER = "arXiv 2412.03555, appendix B"
 _WARMUP = 0.05  # share of the steps
@@ -83,11 +85,7 @@ class Recipe:
         Source: big_vision `utils.py`, `create_learning_rate_schedule`.
         """
         learning_rate = self._given("learning_rate")
-        is_integer = isinstance(accumulate, numbers.Integral) and not isinstance(accumulate, bool)
-        if not is_integer or accumulate < 1:
-            raise ValueError(
-                f"`accumulate` must be a positive integer. Received: accumulate={accumulate!r}"
-            )
+        check_positive(accumulate=accumulate)
         if self.steps is not None and epochs is None:
             batches = self.steps * accumulate
         else:

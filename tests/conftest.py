@@ -105,5 +105,12 @@ def inputs():
     }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if _backend.IS_COMPILED and item.get_closest_marker("slow_if_compiled"):
+            item.add_marker("slow")
+
+
 def pytest_report_header():
     return f"Keras backend: {keras.config.backend()}"

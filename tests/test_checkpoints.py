@@ -502,6 +502,7 @@ def test_auto_dtype(data):
     assert model.dtype_policy.name == _backend.fastest_dtype()
 
 
+@pytest.mark.slow_if_compiled
 def test_tokenizer_json_replaces_tokenizer_model(folder, model, image):
     expected = model.generate(image, "caption en", max_new_tokens=8)
     (folder / "tokenizer.json").rename(folder / "aside.json")

@@ -83,6 +83,7 @@ def test_folders_and_patterns(data, folder, capsys, pattern):
     assert text.startswith(f"{folder / 'a.png'}\t")
 
 
+@pytest.mark.slow_if_compiled
 def test_detect(data, folder, capsys, tmp_path):
     command = ["detect", str(folder), "cat ; dog", "--constrained", "--max-new-tokens", "9"]
     captured = run(capsys, data, *command, "--json", "--draw", str(tmp_path / "drawn"), code=1)

@@ -86,6 +86,7 @@ def test_public_names_have_docstrings():
         assert getattr(keras_pg2, name).__doc__, name
 
 
+@pytest.mark.slow_if_compiled
 def test_the_way_from_pixels_to_the_first_token_is_short(model, image):
     """At most 8 files and 1,400 lines: what runs, with docstrings, and what builds it."""
     ran = set()

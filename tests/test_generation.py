@@ -45,6 +45,7 @@ def test_cached_equals_uncached(model, image, response):
     np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
 
 
+@pytest.mark.slow_if_compiled
 @pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_cached_equals_uncached_if_quantized(data, image, mode):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32", quantize=mode)
@@ -306,7 +307,15 @@ def test_certain_length():
 # Samplers
 
 
-@pytest.mark.parametrize("sampler", ["random", "top_k", "top_p", Sample(0.7, top_k=5, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "random",
+        pytest.param("top_k", marks=pytest.mark.slow_if_compiled),
+        "top_p",
+        Sample(0.7, top_k=5, top_p=0.9),
+    ],
+)
 def test_same_seed_same_text(model, image, sampler):
     options = {"sampler": sampler, "max_new_tokens": 12}
     text = model.generate(image, "ocr", seed=1, **options)
@@ -371,6 +380,7 @@ def test_impossible_tokens_are_never_sampled():
     assert _tokens(Sample(), logits, [1e-7, 0.5, 1.0]) == [500] * 3
 
 
+@pytest.mark.slow_if_compiled
 def test_one_beam_is_no_worse_than_immediate_end(model, image):
     """Beam search maximises the log-probability of the whole answer."""
     best = model.generate(image, "ocr", max_new_tokens=6, sampler=Beam(8), details=True)
@@ -391,8 +401,8 @@ def test_one_beam_is_no_worse_than_immediate_end(model, image):
     ("name", "options"),
     [
         ("GreedySampler", {}),
-        ("TopKSampler", {"k": 5, "seed": 1}),
-        ("TopPSampler", {"p": 0.9, "seed": 1}),
+        pytest.param("TopKSampler", {"k": 5, "seed": 1}, marks=pytest.mark.slow_if_compiled),
+        pytest.param("TopPSampler", {"p": 0.9, "seed": 1}, marks=pytest.mark.slow_if_compiled),
         ("RandomSampler", {"seed": 1}),
         ("BeamSampler", {"num_beams": 3}),
         ("ContrastiveSampler", {"k": 3, "alpha": 0.2}),
@@ -427,6 +437,7 @@ def test_all_beams_of_a_keras_hub_sampler(model, image):
         model.generate(image, "ocr", sampler=samplers.TopKSampler)
 
 
+@pytest.mark.slow_if_compiled
 def test_a_keras_hub_sampler_may_be_changed(model, image):
     sampler = pytest.importorskip("keras_hub").samplers.TopKSampler(k=50, seed=0)
     expected = model.generate(image, "ocr", max_new_tokens=6)

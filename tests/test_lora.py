@@ -287,7 +287,14 @@ def test_patterns():
         assert set(model.lora_layers()) == paths
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param("bfloat16", marks=pytest.mark.slow_if_compiled),
+        pytest.param("mixed_float16", marks=pytest.mark.slow_if_compiled),
+    ],
+)
 def test_merged_equals_unmerged(batch, dtype):
     model = _model(dtype, rank=2, pattern="")
     weights, expected = _weights(model), _numpy(model(batch))
@@ -591,6 +598,7 @@ def _golden_error(model, data, expected):
     return max(errors)
 
 
+@pytest.mark.slow_if_compiled
 def test_peft(data, tmp_path):
     expected = np.load(data / "peft_tiny" / "expected.npz")
     model = _base(data)

@@ -175,6 +175,7 @@ def test_weights_round_trip(model, inputs, tmp_path):
     np.testing.assert_array_equal(_numpy(other(inputs)), _numpy(model(inputs)))
 
 
+@pytest.mark.slow_if_compiled
 def test_deep_copy(data, image):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
     expected = model.generate(image, "ocr", max_new_tokens=3)
@@ -191,6 +192,7 @@ def test_new_weights_are_used_at_once(data, image):
     assert before.token_ids.tolist() != after.token_ids.tolist()
 
 
+@pytest.mark.slow_if_compiled
 def test_fit_lowers_the_loss():
     """The raw model trains with a plain Keras loss."""
     rng = np.random.default_rng(0)

@@ -217,6 +217,7 @@ def test_linear_in_float16():
     np.testing.assert_array_equal(ops.convert_to_numpy(layer(np.zeros((1, 64)))), 0)
 
 
+@pytest.mark.slow_if_compiled
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_generation_in_low_precision(data, model, image, dtype):
     """The cache is in the compute dtype; cached and uncached still agree."""

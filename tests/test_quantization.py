@@ -434,6 +434,7 @@ def inputs(image):
     return {"images": images, "token_ids": np.array([[2, 300, 500, 700]], "int32")}
 
 
+@pytest.mark.slow_if_compiled
 @pytest.mark.parametrize("scheme", ["int8", pytest.param("int4/32", marks=pytest.mark.slow)])
 def test_loading_is_like_quantizing_later(scheme, inputs, tmp_path):
     plain = keras_pg2.PaliGemma2.from_preset(TINY, dtype="float32")
@@ -535,6 +536,7 @@ def test_other_schemes(quantize):
         keras_pg2.PaliGemma2.from_preset("nowhere", quantize=quantize)
 
 
+@pytest.mark.slow_if_compiled
 def test_filters_match_paths(image):
     model = keras_pg2.PaliGemma2.from_preset(TINY)
     model.quantize("int8", filters="^vision/.*mlp")

@@ -175,6 +175,7 @@ def test_decay_follows_the_schedule_not_the_learning_rate(data):
         )
 
 
+@pytest.mark.slow_if_compiled
 def test_nothing_decays_where_the_kernels_are_frozen(data, image):
     """Keras' AdamW fails on torch when no weight decays."""
     model = keras_pg2.PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")

@@ -323,6 +323,7 @@ def test_each_backend_decides_what_it_compiles(tokenizer, option, tmp_path):
     assert loaded.jit_compile == model.jit_compile
 
 
+@pytest.mark.slow_if_compiled
 def test_fit_goes_on_after_averages(tokenizer, columns):
     """A Keras model fails at its second `fit` with jax."""
     model = micro_model(tokenizer)
@@ -377,7 +378,7 @@ def test_saving_within_fit(tokenizer, columns, tmp_path):
     )
 
 
-@pytest.mark.parametrize("position", [0, 9])
+@pytest.mark.parametrize("position", [0, pytest.param(9, marks=pytest.mark.slow_if_compiled)])
 def test_an_error_loses_no_weights(tokenizer, columns, position):
     """A Keras model that does nothing about it loses them with jax."""
     model = micro_model(tokenizer)
@@ -393,6 +394,7 @@ def test_an_error_loses_no_weights(tokenizer, columns, position):
     model.fit(columns, verbose=0)
 
 
+@pytest.mark.slow_if_compiled
 def test_single_batches(tokenizer, columns):
     model = micro_model(tokenizer)
     with pytest.raises(ValueError, match="compile"):
@@ -465,6 +467,7 @@ def test_an_empty_batch(tokenizer):
             method([])
 
 
+@pytest.mark.slow_if_compiled
 def test_single_batches_of_several_lengths(tokenizer, columns):
     model = micro_model(tokenizer)
     model.compile(keras.optimizers.SGD(0.0))
@@ -670,6 +673,7 @@ def test_callbacks_cannot_change_the_model(tokenizer, columns):
     model.quantize("int8")  # also after a `fit` that an error ended
 
 
+@pytest.mark.slow_if_compiled
 def test_ids_of_any_integer_dtype(tokenizer, training_inputs):
     model = micro_model(tokenizer)
     model.compile("sgd")
@@ -735,6 +739,7 @@ def test_what_was_not_compiled_is_loaded_so(tokenizer, tmp_path):
     assert not loaded.compiled  # AdamW would need twice the memory of the weights
 
 
+@pytest.mark.slow_if_compiled
 def test_predict_draws_as_generate_does(tokenizer, columns):
     model = micro_model(tokenizer)
     columns = {**columns, "images": [columns["images"][0]] * len(columns["images"])}
@@ -756,6 +761,7 @@ def test_a_last_batch_of_one_is_not_compiled_anew(tokenizer, columns):
     assert calls == [2, 2]  # of one image alone it would be encoded first
 
 
+@pytest.mark.slow_if_compiled
 def test_the_length_may_change(tokenizer, columns):
     model = micro_model(tokenizer)
     model.compile(keras.optimizers.SGD(0.0))
