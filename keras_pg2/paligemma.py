@@ -746,7 +746,7 @@ class PaliGemma2(keras.Model):
         texts = self.preprocessor.texts_for_generation(prompts, responses)
         return {"image_tokens": ops.stack(tokens), **texts}
 
-    def encode(self, images, batch_size=16):
+    def encode(self, images, *, batch_size=16):
         """Runs the vision tower once, for many prompts about the same images.
 
         Args:
@@ -764,8 +764,7 @@ class PaliGemma2(keras.Model):
             >>> model.caption(cat), model.ocr(cat), model.detect(cat, "cat")
         """
         images, *_, is_single = batch_examples(images, "")
-        if any(len(row) != 1 for row in images):
-            raise ValueError("`images` must be an image or a list of images, not a list of lists.")
+        _check_one_each("encode", images)
         check_positive(batch_size=batch_size)
         images = [image for (image,) in images]
         program = self.programs.get(
@@ -977,11 +976,10 @@ class PaliGemma2(keras.Model):
         things = [tasks.list_of_things(names) for names in (things if is_each else [things])]
         prompts = [f"{task} {' ; '.join(names)}" for names in things]
         images, prompts, _, is_single = batch_examples(images, prompts if is_each else prompts[0])
-        if any(len(row) != 1 for row in images):
-            raise ValueError(f"`{task}` looks at one image at a time: pass a list of images.")
+        _check_one_each(task, images)
         own = ("responses", "details", *(["grammar"] if constrained else []))
         if given := [name for name in own if options.get(name)]:
-            raise ValueError(f"`{task}` sets {own} itself: leave {given} out.")
+            raise ValueError(f"`{task}` decides on {own} itself: leave {given} out.")
         tokenizer = self._require_preprocessor().tokenizer
         codec = self.get_codec() if task == "segment" else None
         if constrained:
@@ -1017,8 +1015,7 @@ class PaliGemma2(keras.Model):
         is_each = np.iterable(boxes) and any(map(np.iterable, boxes))
         prompts = [""] * len(boxes) if is_each else ""
         images, _, _, is_single = batch_examples(images, prompts)
-        if any(len(row) != 1 for row in images):
-            raise ValueError("`describe_region` looks at one image at a time: pass a list of them.")
+        _check_one_each("describe_region", images)
         boxes = boxes if is_each else [boxes] * len(images)
         prompts = [
             tasks.region_prompt(box, *image_size(image)) for (image,), box in zip(images, boxes)
@@ -1026,7 +1023,7 @@ class PaliGemma2(keras.Model):
         answers = self.generate(images, prompts, **options)
         return answers[0] if is_single else answers
 
-    def score(self, images, prompts, candidates, batch_size=16):
+    def score(self, images, prompts, candidates, *, batch_size=16):
         """How likely each of several answers is: for classification and ranking.
 
         Each image and its prompt are read once, whatever the number of candidates.
@@ -1985,6 +1982,11 @@ def _each(prompt, texts, lang):
     if not isinstance(texts, str) and not np.iterable(texts):
         raise ValueError(f"Ask with a str, or with a list of str. Received: {texts!r}")
     return prompt(texts, lang) if isinstance(texts, str) else [prompt(x, lang) for x in texts]
+
+
+def _check_one_each(task, images):
+    if any(len(row) != 1 for row in images):
+        raise ValueError(f"`{task}` looks at one image at a time: pass a list of images.")
 
 
 def _starts(grammar, count):

@@ -16,6 +16,7 @@ from keras import ops
 from keras_pg2 import GemmaConfig, LoraOptions, PaliGemma2, PaliGemmaConfig, SiglipConfig
 from keras_pg2.checkpoints import adapters
 from keras_pg2.linear import Linear
+from tests.conftest import logits_of
 
 POLICIES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 ATTENTION = {
@@ -594,7 +595,7 @@ def _golden_error(model, data, expected):
             "suffix_mask": golden[f"train_{i}_token_type_ids"][:, 9:],
         }
         logits = expected[f"train_{i}_logits_from_last_prefix"][:, :1664]
-        errors.append(_error(_numpy(model(inputs))[0, -len(logits) :], logits))
+        errors.append(_error(logits_of(model, inputs)[0, -len(logits) :], logits))
     return max(errors)
 
 

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_pg2 import GemmaConfig, PaliGemma2, PaliGemmaConfig, Preprocessor, SiglipConfig
+from tests.conftest import logits_of
 
 
 def _numpy(x):
@@ -254,16 +255,20 @@ def test_loss_equals_big_vision(data):
     loss = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, reduction="mean_with_sample_weight"
     )
-    for i, image in enumerate(golden["image"]):
-        token_ids = np.pad(golden[f"train_{i}_text"], (0, 5))[None]
-        suffix_mask = np.pad(golden[f"train_{i}_mask_ar"], (0, 5))[None]
-        logits = model(
+    texts = [golden[f"train_{i}_text"] for i in range(len(golden["image"]))]
+    length = 5 + max(map(len, texts))
+    for i, (image, text) in enumerate(zip(golden["image"], texts)):
+        padding = (0, length - len(text))
+        token_ids = np.pad(text, padding)[None]
+        suffix_mask = np.pad(golden[f"train_{i}_mask_ar"], padding)[None]
+        logits = logits_of(
+            model,
             {
                 "images": image[None],
                 "token_ids": token_ids,
                 "padding_mask": token_ids > 0,
                 "suffix_mask": suffix_mask,
-            }
+            },
         )
         weight = np.roll(suffix_mask, -1, axis=1).astype("float32")
         value = loss(np.roll(token_ids, -1, axis=1), logits, weight / weight.sum())

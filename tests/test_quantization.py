@@ -11,6 +11,7 @@ from keras import ops
 import keras_pg2
 from keras_pg2 import _backend, quantization
 from keras_pg2.linear import Linear, TokenEmbedding
+from tests.conftest import logits_of
 
 TINY = "paligemma2-tiny-digits-112"
 DTYPES = ["float32", "bfloat16", "float16", "mixed_bfloat16"]
@@ -442,9 +443,9 @@ def test_loading_is_like_quantizing_later(scheme, inputs, tmp_path):
     loaded = keras_pg2.PaliGemma2.from_preset(
         TINY, dtype="float32", quantize=next(iter(options.values()))
     )
-    expected = _numpy(plain(inputs))
+    expected = logits_of(plain, inputs)
     plain.quantize(**options)
-    later, at_once = _numpy(plain(inputs)), _numpy(loaded(inputs))
+    later, at_once = logits_of(plain, inputs), logits_of(loaded, inputs)
     np.testing.assert_array_equal(at_once, later)
     assert 0 < np.abs(later - expected).max() < (1 if scheme == "int8" else 6)
     # Everything but norms, biases and positions is quantized.
@@ -452,7 +453,7 @@ def test_loading_is_like_quantizing_later(scheme, inputs, tmp_path):
     assert [path.rpartition("/")[2] for path in left] == ["position_embedding"]
     loaded.save(tmp_path / "model.keras")
     restored = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(_numpy(restored(inputs)), at_once)
+    np.testing.assert_array_equal(logits_of(restored, inputs), at_once)
     assert restored.text.blocks[0].mlp.up.quantized.group_size == (None if scheme == "int8" else 32)
 
 
@@ -482,7 +483,7 @@ def test_clone_and_weights(mode, inputs):
     clone = keras.models.clone_model(model)
     weights = model.get_weights()
     clone.set_weights(weights)
-    np.testing.assert_array_equal(_numpy(clone(inputs)), _numpy(model(inputs)))
+    np.testing.assert_array_equal(logits_of(clone, inputs), logits_of(model, inputs))
     # Codes are as in files, whatever their layout in memory, so other backends may take them.
     matrix = clone.text.blocks[0].mlp.up.quantized
     place = next(i for i, v in enumerate(clone.weights) if v is matrix.codes)

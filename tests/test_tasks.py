@@ -14,6 +14,7 @@ from keras_pg2 import Detection, Detections, Generation, parse_detections, tasks
 from keras_pg2.preprocessing import image_size
 from keras_pg2.tasks import read_detections
 from keras_pg2.tiny import train
+from tests.conftest import logits_of
 from tests.test_data import COMPRESSED, COMPRESSED_STRIPES, MASK, STRIPES
 
 WIDTH, HEIGHT = 1023 * 2, 1023  # so that places in the image are whole numbers
@@ -539,6 +540,8 @@ def test_encoded_images(model, image):
     assert model.generate(model.encode(image), "ocr", max_new_tokens=6) == expected[0]
     with pytest.raises(ValueError, match="either all images or none"):
         model.generate([one, other], "ocr")
+    with pytest.raises(ValueError, match="`encode` looks at one image at a time"):
+        model.encode([[image, other]])
 
 
 def test_an_image_of_several_prompts_is_encoded_once(model, image, monkeypatch):
@@ -573,7 +576,7 @@ def test_score(model, image):
         x, y, weight = model.preprocessor.for_training(
             [[image], [image[::-1]]], ["answer en what?"] * 2, [candidate] * 2
         )
-        logits = keras_pg2.paligemma.ops.convert_to_numpy(model(x)).astype("float64")
+        logits = logits_of(model, x).astype("float64")
         log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         log_probs = np.take_along_axis(log_probs, y[..., None], axis=-1)[..., 0]
         expected = (log_probs * (weight > 0)).sum(axis=1)
