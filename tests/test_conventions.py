@@ -34,6 +34,7 @@ def test_imports_are_light():
     assert _python(code) == "[]"
 
 
+@pytest.mark.slow_if_compiled
 def test_unknown_backend_is_an_error():
     code = (
         "import keras; keras.config.backend = lambda: 'numpy'\n"

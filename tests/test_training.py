@@ -749,6 +749,7 @@ def test_predict_draws_as_generate_does(tokenizer, columns):
     assert model.predict(columns, batch_size=4, verbose=0, **options) == expected
 
 
+@pytest.mark.slow_if_compiled
 def test_a_last_batch_of_one_is_not_compiled_anew(tokenizer, columns):
     model = micro_model(tokenizer)
     columns = {name: column[:3] for name, column in columns.items()}

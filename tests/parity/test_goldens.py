@@ -158,7 +158,7 @@ def test_big_vision_ragged_batch(data, version):
         np.testing.assert_allclose(answer.log_probs[first:], log_probs[first:], atol=2e-4)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow_if_compiled), 2])
 def test_big_vision_beams(data, version):
     golden, model = _big_vision(data, version)
     inputs = {
