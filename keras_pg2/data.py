@@ -733,6 +733,11 @@ def vqa(
     """
     if not isinstance(prefix, str) or "{question}" not in prefix:
         raise ValueError(f"`prefix` must hold '{{question}}'. Received: prefix={prefix!r}")
+    if image_name is not None and not isinstance(image_name, str):
+        raise ValueError(
+            '`image_name` must be a str, such as "{image_id}.jpg", or None. '
+            f"Received: image_name={image_name!r}"
+        )
     if answer not in ("most common", "random"):
         raise ValueError(f"`answer` must be 'most common' or 'random'. Received: answer={answer!r}")
     source = os.path.expanduser(questions)

@@ -79,6 +79,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         lora: LoraOptions, or None without LoRA.
         lora_kernel_a, lora_kernel_b: float32 variables (in, rank) and (rank, units), or None.
         is_merged: bool, whether the kernel holds A·B at the moment.
+        unmerged_kernel: NumPy array, the kernel without A·B while it is merged; else None.
         frozen_before_merge: tuple of str, those of A and B that were frozen when they were merged.
 
     Call arguments:
@@ -99,7 +100,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         self.autocast = False
         self.lora = None
         self.lora_kernel_a = self.lora_kernel_b = None
-        self._dropout_seed = self._unmerged_kernel = None
+        self._dropout_seed = self.unmerged_kernel = None
         self.frozen_before_merge = ()
 
     def call(self, inputs, training=None):
@@ -138,7 +139,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
 
     @property
     def is_merged(self):
-        return self._unmerged_kernel is not None
+        return self.unmerged_kernel is not None
 
     def enable_lora(self, rank, alpha=None, dropout=0.0):
         """Adds LoRA and freezes the kernel. The output stays what it was: B starts at zero.
@@ -200,7 +201,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
             )
         merged = self.merged_kernel()
         kernel = ops.convert_to_numpy(self._kernel)
-        self._unmerged_kernel = kernel.astype(self._kernel.dtype)  # a copy
+        self.unmerged_kernel = kernel.astype(self._kernel.dtype)  # a copy
         self._kernel.assign(merged)
         variables = (self.lora_kernel_a, self.lora_kernel_b)
         self.frozen_before_merge = tuple(v.name for v in variables if not v.trainable)
@@ -224,8 +225,8 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
             ValueError: if not merged.
         """
         self._require_lora(merged=True)
-        self._kernel.assign(self._unmerged_kernel)
-        self._unmerged_kernel = None
+        self._kernel.assign(self.unmerged_kernel)
+        self.unmerged_kernel = None
         for variable in (self.lora_kernel_a, self.lora_kernel_b):
             variable.trainable = variable.name not in self.frozen_before_merge
         self.frozen_before_merge = ()
@@ -239,7 +240,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         self._require_lora()
         for name in ("lora_kernel_a", "lora_kernel_b", "_dropout_seed"):
             _backend.remove_attribute(self, name)
-        self._unmerged_kernel = self.lora = None
+        self.unmerged_kernel = self.lora = None
         self.frozen_before_merge = ()
 
     def _require_lora(self, merged=None):
@@ -271,7 +272,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
 
     def save_own_variables(self, store):
         if self.is_merged:
-            store["0"] = ops.convert_to_tensor(self._unmerged_kernel, dtype=self._kernel.dtype)
+            store["0"] = ops.convert_to_tensor(self.unmerged_kernel, dtype=self._kernel.dtype)
         elif self.quantized is None:
             store["0"] = self._kernel
         if self.bias is not None:

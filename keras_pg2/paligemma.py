@@ -264,35 +264,39 @@ class PaliGemma2(keras.Model):
         }
 
     def get_weights(self):
-        """NumPy arrays of all variables. Those of "int4" are as in files, on every backend."""
+        """NumPy arrays of all variables, as in files.
+
+        So kernels are without LoRA that is merged, and "int4" is the same on every backend.
+        """
         files = {id(matrix.codes): matrix.codes_in_file for matrix in self._int4_matrices()}
+        merged = [layer for layer in self.lora_layers().values() if layer.is_merged]
+        files |= {id(layer.kernel): layer.unmerged_kernel.copy for layer in merged}
         return [files.get(id(v), v.numpy)() for v in self.weights]
 
     def set_weights(self, weights):
-        """Sets all variables to what `get_weights` gave.
+        """Sets all variables to what `get_weights` gave. Merged LoRA is merged anew.
 
         Args:
             weights: list of NumPy arrays.
 
         Raises:
-            ValueError: if numbers or shapes differ, or the kernel of a merged layer.
+            ValueError: if numbers or shapes differ.
         """
         weights = [*weights]
         places = {id(variable): place for place, variable in enumerate(self.weights)}
         if len(weights) != len(places):
             return super().set_weights(weights)  # which says so
-        for layer in self.lora_layers().values():
-            given = weights[places[id(layer.kernel)]] if layer.is_merged else None
-            if layer.is_merged and not np.array_equal(layer.kernel.numpy(), given):
-                raise ValueError(
-                    f"LoRA of {layer.path!r} is merged, and the weights have another kernel, which "
-                    "`save` and `unmerge_lora` would lose. Call `unmerge_lora()` or `drop_lora()` "
-                    "first."
-                )
         for matrix in self._int4_matrices():
             place = places[id(matrix.codes)]
             weights[place] = matrix.laid_out(np.array(weights[place], order="C"))
-        super().set_weights(weights)
+        merged = [layer for layer in self.lora_layers().values() if layer.is_merged]
+        for layer in merged:
+            layer.unmerge_lora()
+        try:
+            super().set_weights(weights)
+        finally:
+            for layer in merged:
+                layer.merge_lora()
 
     def _int4_matrices(self):
         layers = self._flatten_layers()

@@ -733,6 +733,7 @@ def test_questions_without_answers(vqav2):
     [
         ({"prefix": "answer en"}, "`prefix` must hold '{question}'"),
         ({"prefix": 5}, "`prefix` must hold '{question}'. Received: prefix=5"),
+        ({"image_name": 5}, "`image_name` must be a str.* or None. Received: image_name=5"),
         ({"answer": "all"}, "`answer` must be 'most common' or 'random'. Received: answer='all'"),
     ],
 )

@@ -463,19 +463,27 @@ def test_merged_layers_are_not_trained(batch):
             train(data)
 
 
-def test_weights_of_another_kernel_do_not_go_into_a_merged_one():
-    """Neither `save` nor `unmerge_lora` would keep them."""
+def test_weights_of_a_merged_model(batch):
+    """They are those of an unmerged one, so that no copy counts LoRA twice."""
     model = _model(rank=2, pattern="query")
+    _fill(model)
+    weights, expected = model.get_weights(), _numpy(model(batch))
     model.merge_lora()
-    weights = model.get_weights()
+    for array, other in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(array, other)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    np.testing.assert_array_equal(_numpy(clone(batch)), expected)
+    merged = _weights(model)
+    model.set_weights([array * 0 for array in weights])
+    assert not model.text.blocks[1].attention.query.kernel.numpy().any()
+    with pytest.raises(ValueError, match="shape"):
+        model.set_weights([np.zeros((2, 2))] * len(weights))
     model.set_weights(weights)
-    kernel = model.text.blocks[1].attention.query._kernel
-    place = next(i for i, v in enumerate(model.weights) if v is kernel)
-    weights[0], weights[place] = weights[0] + 1, weights[place] * 0.5
-    before = _weights(model)
-    with pytest.raises(ValueError, match=r"block_1/attention/query' is merged.*`unmerge_lora"):
-        model.set_weights(weights)
-    assert all((value == before[path]).all() for path, value in _weights(model).items())
+    assert model.text.blocks[1].attention.query.is_merged
+    assert all((value == merged[path]).all() for path, value in _weights(model).items())
+    model.unmerge_lora()
+    np.testing.assert_array_equal(_numpy(model(batch)), expected)
 
 
 def test_what_is_frozen_stays_so_through_merging(tmp_path):

@@ -511,7 +511,7 @@ def replace_when_done(path, overwrite=False, num_bytes=0, is_folder=False):
     free = shutil.disk_usage(os.path.dirname(path)).free
     if free < num_bytes:
         raise OSError(
-            errno.ENOSPC, f"{num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", path
+            errno.ENOSPC, f"{num_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} are free", path
         )
     with tempfile.TemporaryDirectory(
         prefix=f".{os.path.basename(path)}-", dir=os.path.dirname(path)
