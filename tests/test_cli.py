@@ -146,6 +146,7 @@ def test_usage(capsys):
     assert "usage: keras-pg2" in capsys.readouterr().err
 
 
+@pytest.mark.slow_if_compiled
 def test_generate_from_npz(data, image_path, capsys):
     options = ["--preset", str(data / "bv_tiny_paligemma2.npz"), "--max-new-tokens", "2"]
     assert cli.main(["generate", image_path, "ocr", *options]) == 1
@@ -265,6 +266,7 @@ def test_npz_without_a_tokenizer(data, image_path, tmp_path, capsys):
     assert "pass the path of paligemma_tokenizer.model as --tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.slow_if_compiled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype_and_quantization(data, image_path, monkeypatch, dtype):
     loaded = []

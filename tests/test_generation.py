@@ -141,6 +141,7 @@ def test_several_images_per_example(model, image):
     np.testing.assert_allclose(features[:, 9:], single, atol=1e-5)
 
 
+@pytest.mark.slow_if_compiled
 def test_video_frames(model, image):
     frames = np.stack([np.roll(image, i, axis=0) for i in range(16)])
     assert isinstance(model.generate(frames[None], ["ocr"], max_new_tokens=2)[0], str)
@@ -202,11 +203,13 @@ def test_stream_encodes_one_image_once(model, image, monkeypatch):
     assert encoded[0] is image
 
 
+@pytest.mark.slow_if_compiled
 def test_stream_of_beams(model, image):
     expected = model.generate(image, "ocr", max_new_tokens=6, sampler="beam")
     assert "".join(model.stream(image, "ocr", max_new_tokens=6, sampler="beam")) == expected
 
 
+@pytest.mark.slow_if_compiled
 def test_without_preprocessor(data, model, image):
     inputs = model.preprocessor.for_generation([[image]], ["ocr"])
     expected = model.generate(inputs, max_new_tokens=6)[0]

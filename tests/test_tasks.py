@@ -177,6 +177,7 @@ PIECES += [f"<seg{i:03d}>" for i in (0, 127, 128)] + [CAT, CODES, f"{CAT} cat", 
 PIECES += [" ; ", ";", " ", "\n", "cat", "dog", "<loc", ">", "<eos>", "é", "\0", "\ufffd", ""]
 
 
+@pytest.mark.slow_if_compiled
 @hypothesis.settings(max_examples=2000, deadline=None)
 @hypothesis.given(strategies.lists(strategies.sampled_from(PIECES), max_size=30).map("".join))
 def test_any_answer_is_read(text):
@@ -633,6 +634,7 @@ def test_saving_needs_no_codec(model, codec, tmp_path, monkeypatch):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow_if_compiled
 def test_the_codec_goes_with_the_preset(model, codec, tmp_path):
     copy = keras_pg2.PaliGemma2.from_preset
     model.save_to_preset(tmp_path / "plain")

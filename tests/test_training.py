@@ -613,6 +613,7 @@ def test_dropout_changes_from_step_to_step(tokenizer, training_inputs):
     assert losses[2] == losses[3]
 
 
+@pytest.mark.slow_if_compiled
 def test_freeze_and_unfreeze(tokenizer, columns):
     model = micro_model(tokenizer)
     model.freeze("embedding")
@@ -854,6 +855,7 @@ def test_a_loss_that_is_not_finite_stops(tokenizer, columns, tmp_path):
     assert not list(tmp_path.iterdir())  # damaged weights are not kept
 
 
+@pytest.mark.slow_if_compiled
 def test_a_generator_is_read_once(tokenizer, columns):
     model = micro_model(tokenizer)
     model.compile("sgd")
