@@ -316,17 +316,22 @@ def _in_range(multiply, inputs):
 
 @dataclasses.dataclass(frozen=True)
 class LoraOptions:
-    """Options of the LoRA of one layer.
+    """Options of the LoRA of one layer, for `PaliGemma2.enable_lora_on`.
 
-    Attributes:
+    Args:
         rank: int, the width between A and B.
         alpha: float, the update is multiplied by `alpha / rank`.
         dropout: float in [0, 1), share of the inputs of A that is dropped in training.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source: LoRA as in the paper arXiv 2106.09685.
     """
 
     rank: int
     alpha: float
-    dropout: float
+    dropout: float = 0.0
 
     def __post_init__(self):
         check_positive(rank=self.rank)

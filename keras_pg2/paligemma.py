@@ -942,7 +942,8 @@ class PaliGemma2(keras.Model):
                 image. Or a list of such lists, one for each image.
             constrained: bool, whether the model can only give well-formed objects with one of
                 the names in `things`.
-            **options: options of `generate`.
+            **options: options of `generate` but `responses` and `details`, and but `grammar` if
+                `constrained`.
 
         Returns:
             Detections, or list of Detections: sequences of `Detection` with label, box in pixels
@@ -1315,6 +1316,9 @@ class PaliGemma2(keras.Model):
 
         Returns:
             list of str, or float32 (B, T, V).
+
+        Raises:
+            ValueError: if there are `options` for tokenized data, or as `fit` and `generate`.
         """
         if not _is_raw(x):
             if options:
@@ -1560,7 +1564,7 @@ class PaliGemma2(keras.Model):
             ValueError: if a path is of no linear layer, or LoRA is enabled.
 
         Example:
-            >>> options = keras_pg2.LoraOptions(rank=8, alpha=16, dropout=0.0)
+            >>> options = keras_pg2.LoraOptions(rank=8, alpha=16)
             >>> model.enable_lora_on({"projector": options})
         """
         layers = self._linear_layers()

@@ -107,6 +107,7 @@ def inputs():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    # First, since pytest's own hook leaves slow tests out.
     for item in items:
         if _backend.IS_COMPILED and item.get_closest_marker("slow_if_compiled"):
             item.add_marker("slow")

@@ -420,7 +420,7 @@ def test_model_errors():
     for options in ({"rank": 0}, {"rank": 2.5}, {"dropout": 1}, {"alpha": -1}):
         with pytest.raises(ValueError, match="Received: "):
             model.enable_lora(**options)
-    options = LoraOptions(rank=4, alpha=8, dropout=0.0)
+    options = LoraOptions(rank=4, alpha=8)
     with pytest.raises(ValueError, match=r"no linear layers with the paths \['text/nothing'\]"):
         model.enable_lora_on({"text/nothing": options})
     for wrong in ({}, {"projector": {"rank": 4}}):
