@@ -54,7 +54,10 @@ elif BACKEND == "torch":
     import torch
     from keras.src.backend.torch.core import get_device, to_torch_dtype
 
-    _HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    _CPU = getattr(torch.cpu, "get_capabilities", dict)()
+    _HAS_AMX = _CPU.get("amx_bf16", False)
+    # torch multiplies float32 by MKL, which takes 2 to 3 times as long as oneDNN on CPUs of AMD.
+    _PREFERS_ONEDNN = "AMD" in _CPU.get("cpu_name", "") and torch.backends.mkldnn.is_available()
     # Dtypes that torch multiplies fast on this CPU. Without AVX-512 those of 16 bits are not.
     _CPU_DTYPES = {torch.float32, torch.float64}
     if torch.backends.mkldnn.is_available():
@@ -1087,8 +1090,7 @@ def _logits(x, matrix, all_exact=False):
         return jnp.einsum("...d,vd->...v", x, matrix, preferred_element_type="float32")
     is_float32 = ops.dtype(x) == ops.dtype(matrix) == "float32"
     if is_float32 or BACKEND == "tensorflow" or torch.is_grad_enabled():
-        x, matrix = ops.cast(x, "float32"), ops.cast(matrix, "float32")
-        return ops.matmul(x, ops.transpose(matrix))
+        return matmul(x, ops.transpose(ops.cast(matrix, "float32")))
     return _torch_logits(x, matrix, all_exact)
 
 
@@ -1119,26 +1121,47 @@ def matmul(x, kernel):
 
 
 def _torch_matmul(x, kernel):
-    is_variable = isinstance(kernel, keras.Variable)
-    matrix = kernel.value if is_variable else kernel
+    matrix = kernel.value if isinstance(kernel, keras.Variable) else kernel
     x = x.to(matrix.dtype)
     rows = x.reshape(-1, x.shape[-1])  # for some of the positions torch would copy the matrix
     if torch.is_grad_enabled():
-        if _is_slow(x) and not torch.compiler.is_compiling():
+        if _is_by_onednn(rows, matrix) or (_is_slow(x) and not torch.compiler.is_compiling()):
             return _product_for_training(x, matrix)
-        return ops.matmul(rows, matrix).view(*x.shape[:-1], -1)
-    if x.device.type != "cpu" or x.dtype == torch.float32:
-        return torch.matmul(rows, matrix).view(*x.shape[:-1], -1)
-    is_few = len(rows) <= (_MAX_FEW_ROWS if _has_tiles(x) or _is_slow(x) else 1)
-    if is_variable and not torch.compiler.is_compiling():
+        product = ops.matmul(rows, matrix)
+    elif x.device.type != "cpu" or x.dtype == torch.float32:
+        product = _product(rows, matrix)
+    else:
+        product = _low_product(rows, kernel, matrix)
+    return product.view(*x.shape[:-1], -1)
+
+
+def _low_product(rows, kernel, matrix):
+    """`rows @ matrix`, the kernel's, in low precision on a CPU, without a gradient."""
+    is_few = len(rows) <= (_MAX_FEW_ROWS if _has_tiles(rows) or _is_slow(rows) else 1)
+    if isinstance(kernel, keras.Variable) and not torch.compiler.is_compiling():
         if is_few:
             _lay_out(kernel)
         with _layout_lock:  # what it refers to stays, should another thread lay the kernel out
             matrix = matrix.detach()
     if _is_in_float32(rows):
-        return _times_in_float32(rows, matrix).to(x.dtype).view(*x.shape[:-1], -1)
-    product = _few_times(rows, matrix) if is_few else torch.matmul(rows, matrix)
-    return product.view(*x.shape[:-1], -1)
+        return _times_in_float32(rows, matrix).to(rows.dtype)
+    return _few_times(rows, matrix) if is_few else torch.matmul(rows, matrix)
+
+
+def _product(rows, columns):
+    """`rows @ columns` of two matrices of one dtype, without a gradient."""
+    if _is_by_onednn(rows, columns):
+        return torch.ops.mkldnn._linear_pointwise(rows, columns.t(), None, "none", [], "")
+    return torch.matmul(rows, columns)
+
+
+def _is_by_onednn(rows, columns):
+    is_float32 = rows.device.type == "cpu" and rows.dtype == torch.float32
+    if not (_PREFERS_ONEDNN and is_float32 and torch.backends.mkldnn.enabled):
+        return False
+    # With AVX2 alone it loses what it wins if it has to lay many weights out anew.
+    is_faster = _CPU.get("avx512_f") or len(rows) <= 32 or columns.stride(0) == 1
+    return is_faster and not torch.compiler.is_compiling()
 
 
 def _has_tiles(x):
@@ -1167,7 +1190,7 @@ def _times_in_float32(rows, columns):
         part = slice(start, start + len(weights))
         cast = weights[: len(matrix[part])].copy_(matrix[part])
         if is_laid_out:  # on the left they are twice as fast for few rows
-            outputs[:, part] = torch.matmul(cast, inputs.t()).t()
+            outputs[:, part] = _product(cast, inputs.t()).t()
         else:
             outputs.addmm_(inputs[:, part], cast)
     return outputs
@@ -1175,17 +1198,19 @@ def _times_in_float32(rows, columns):
 
 @ops.custom_gradient
 def _product_for_training(x, matrix):
-    """`x @ matrix` by float32 products; what is kept for the gradient is not in float32."""
+    """`x @ matrix` by float32 products; what is kept for the gradient is of the dtype of `x`."""
     rows = x.reshape(-1, x.shape[-1])
+    multiply = _product if x.dtype == torch.float32 else _times_in_float32
 
     def product(rows, matrix, shape):
-        return _times_in_float32(rows, matrix).to(x.dtype).view(shape)
+        return multiply(rows, matrix).to(x.dtype).view(shape)
 
     def gradient(*_, upstream):
         upstream = upstream.reshape(len(rows), -1)
         of_x = product(upstream, matrix.t(), x.shape)
-        of_matrix = rows.t().float() @ upstream.float() if matrix.requires_grad else None
-        return of_x, of_matrix if of_matrix is None else of_matrix.to(matrix.dtype)
+        if not matrix.requires_grad:
+            return of_x, None
+        return of_x, _product(rows.t().float(), upstream.float()).to(matrix.dtype)
 
     return product(rows, matrix, (*x.shape[:-1], -1)), gradient
 

@@ -319,10 +319,7 @@ def _pad_to_buckets(model, inputs, num_added, added_by="`max_new_tokens`"):
         length = next(bucket for bucket in _BUCKETS if length <= bucket)
         total = math.ceil((length + num_added) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     added = ((0, 0), (length - inputs["token_ids"].shape[1], 0))
-    inputs = {
-        name: np.pad(array, added) if name in _TEXT_INPUTS else array
-        for name, array in inputs.items()
-    }
+    inputs = inputs | {x: np.pad(inputs[x], added) for x in _TEXT_INPUTS if x in inputs}
     return inputs, num_image_tokens + total, total if is_compiled else num_added
 
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from keras import ops
 
-from keras_pg2 import GemmaConfig, LoraOptions, PaliGemma2, PaliGemmaConfig, SiglipConfig
+from keras_pg2 import GemmaConfig, LoraOptions, PaliGemma2, PaliGemmaConfig, SiglipConfig, _backend
 from keras_pg2.checkpoints import adapters
 from keras_pg2.linear import Linear
 from tests.conftest import logits_of
@@ -127,6 +127,7 @@ def test_initial_values():
 
 
 def test_the_kernel_is_never_merged_in_the_product(x, monkeypatch):
+    monkeypatch.setattr(_backend, "_PREFERS_ONEDNN", False, raising=False)
     layer = _layer(rank=2)
     expected = _numpy(layer(x))
     shapes = []

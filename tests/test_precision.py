@@ -447,6 +447,47 @@ def test_product_in_float32(monkeypatch, dtype):
     np.testing.assert_allclose(logits.numpy(), expected.numpy(), atol=1e-3)
 
 
+@pytest.mark.skipif(
+    _backend.BACKEND != "torch" or not _backend.torch.backends.mkldnn.is_available(),
+    reason="a way of torch with oneDNN",
+)
+@pytest.mark.parametrize("num_rows", [1, 40])
+@pytest.mark.parametrize("has_avx512", [True, False])
+def test_float32_by_onednn(has_avx512, num_rows, monkeypatch):
+    """As on a CPU of AMD; without AVX-512 many rows need weights that lie well."""
+    monkeypatch.setattr(_backend, "_PREFERS_ONEDNN", True)
+    monkeypatch.setattr(_backend, "_CPU", {"avx512_f": has_avx512})
+    is_by_onednn, ways = _backend._is_by_onednn, []
+
+    def recorded(rows, columns):
+        ways.append(is_by_onednn(rows, columns))
+        return ways[-1]
+
+    monkeypatch.setattr(_backend, "_is_by_onednn", recorded)
+    rng = np.random.default_rng(0)
+    arrays = x64, kernel64 = rng.normal(size=(num_rows, 1, 64)), rng.normal(size=(64, 48))
+    x, kernel = (keras.Variable(array, dtype="float32") for array in arrays)
+    expected = x64 @ kernel64
+    output = _program(_backend.matmul, x.value, kernel)
+    np.testing.assert_allclose(output, expected, atol=1e-4)
+    assert ways == [has_avx512 or num_rows == 1]
+    logits = _program(_backend.matmul_transposed_float32, x.value, kernel.value.t())
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    logits = _program(_backend.matmul_transposed_float32, x.value, kernel.value.t().contiguous())
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert ways[1:] == [*ways[:1], True]
+    upstream = rng.normal(size=expected.shape)
+    output = _backend.matmul(x.value, kernel)
+    output.backward(ops.convert_to_tensor(upstream, "float32"))
+    np.testing.assert_allclose(output.detach(), expected, atol=1e-4)
+    np.testing.assert_allclose(x.value.grad, upstream @ kernel64.T, atol=1e-4)
+    gradient = x64[:, 0].T @ upstream[:, 0]
+    np.testing.assert_allclose(kernel.value.grad, gradient, atol=1e-4)
+    with _backend.torch.backends.mkldnn.flags(enabled=False):
+        _program(_backend.matmul, x.value, kernel)
+    assert not ways[-1]
+
+
 def _program(function, *args):
     """What the function returns without gradients, as in generation."""
     if _backend.BACKEND != "torch":
