@@ -688,6 +688,20 @@ def equal_part(length, max_length):
     return next(length // count for count in counts if length % count == 0)
 
 
+def in_cache(function, tensors):
+    """`function(*tensors)`; torch on a CPU takes a position (axis 1) at a time, in its caches.
+
+    Args:
+        function: callable, from tensors (B, T, …) to several of such shapes, which treats positions
+            alike.
+        tensors: list of tensors, the first of which is large.
+    """
+    if BACKEND != "torch" or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return function(*tensors)
+    parts = [function(*part) for part in zip(*(x.split(1, dim=1) for x in tensors))]
+    return [torch.cat(part, dim=1) for part in zip(*parts)]
+
+
 def rotate(x, cos, sin):
     """Rotates the pairs `(j, j + H / 2)` of each head of float (B, T, N, H), in float32.
 
@@ -1161,7 +1175,7 @@ def _is_by_onednn(rows, columns):
         return False
     # With AVX2 alone it loses what it wins if it has to lay many weights out anew.
     is_faster = _CPU.get("avx512_f") or len(rows) <= 32 or columns.stride(0) == 1
-    return is_faster and not torch.compiler.is_compiling()
+    return is_faster and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def _has_tiles(x):
@@ -1196,23 +1210,36 @@ def _times_in_float32(rows, columns):
     return outputs
 
 
-@ops.custom_gradient
 def _product_for_training(x, matrix):
     """`x @ matrix` by float32 products; what is kept for the gradient is of the dtype of `x`."""
-    rows = x.reshape(-1, x.shape[-1])
+    return _TorchProduct.apply(x, matrix)
+
+
+if BACKEND == "torch":
+
+    class _TorchProduct(torch.autograd.Function):
+        """Keeps as little as torch's own product; Keras' custom gradients would keep all inputs."""
+
+        @staticmethod
+        def forward(ctx, x, matrix):
+            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, matrix)
+            return _rows_times(x, matrix)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, upstream):
+            x, matrix = ctx.saved_tensors
+            of_x = _rows_times(upstream, matrix.t()) if ctx.needs_input_grad[0] else None
+            if x is None:
+                return of_x, None
+            columns, upstream = (y.reshape(-1, y.shape[-1]).float() for y in (x, upstream))
+            return of_x, _product(columns.t(), upstream).to(matrix.dtype)
+
+
+def _rows_times(x, matrix):
     multiply = _product if x.dtype == torch.float32 else _times_in_float32
-
-    def product(rows, matrix, shape):
-        return multiply(rows, matrix).to(x.dtype).view(shape)
-
-    def gradient(*_, upstream):
-        upstream = upstream.reshape(len(rows), -1)
-        of_x = product(upstream, matrix.t(), x.shape)
-        if not matrix.requires_grad:
-            return of_x, None
-        return of_x, _product(rows.t().float(), upstream.float()).to(matrix.dtype)
-
-    return product(rows, matrix, (*x.shape[:-1], -1)), gradient
+    product = multiply(x.reshape(-1, x.shape[-1]), matrix)
+    return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _few_times(x, columns):

@@ -79,9 +79,8 @@ def token_losses(
     is_differentiable = _backend.needs_gradients(hidden, *matrix)
     train_embeddings = train_embeddings and is_differentiable
 
-    def chunk_losses(matrix, hidden, targets, weights):
-        """Losses and hits (B, chunk), and the gradients of the losses' weighted sum."""
-        logits = multiply(ops.cast(hidden, dtype), *matrix)
+    def losses_of(logits, targets, weights):
+        """Losses and hits (B, t), and the gradient of the losses (B, t, V), without weights."""
         slope = None
         if softcap is not None:
             capped = ops.tanh(logits / softcap)
@@ -96,13 +95,21 @@ def token_losses(
         counts = ops.cast(weights > 0, "float32")
         hits = counts * ops.cast(target_logit >= highest, "float32")
         if not is_differentiable:
-            return counts * losses, hits, None, None
+            return counts * losses, hits
         gradient = ops.exp(logits - log_total[..., None]) - other
         gradient = ops.where(is_target, gradient - (1 - label_smoothing - other), gradient)
         if slope is not None:
             gradient = gradient * slope
+        return counts * losses, hits, ops.cast(gradient, dtype)
+
+    def chunk_losses(matrix, hidden, targets, weights):
+        """Losses and hits (B, chunk), and the gradients of the losses' weighted sum."""
+        logits = multiply(ops.cast(hidden, dtype), *matrix)
+        losses, hits, *gradient = _backend.in_cache(losses_of, [logits, targets, weights])
+        if not is_differentiable:
+            return losses, hits, None, None
         # Weights come last: times 1 / 1,000 the gradients would underflow in float16.
-        gradient = ops.cast(gradient, dtype)
+        gradient = gradient[0]
         hidden_gradient = ops.cast(multiply_back(gradient, *matrix), "float32")
         hidden_gradient = hidden_gradient * weights[..., None]
         embeddings_gradient = None
@@ -112,7 +119,7 @@ def token_losses(
             embeddings_gradient = largest * _backend.einsum_float32(
                 "btv,btd->vd", gradient, ops.cast(weighted, dtype)
             )
-        return counts * losses, hits, hidden_gradient, embeddings_gradient
+        return losses, hits, hidden_gradient, embeddings_gradient
 
     def all_losses(hidden, targets, weights, *matrix):
         # The rows end early: only chunks with a weight are computed.

@@ -476,8 +476,16 @@ def test_float32_by_onednn(has_avx512, num_rows, monkeypatch):
     logits = _program(_backend.matmul_transposed_float32, x.value, kernel.value.t().contiguous())
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     assert ways[1:] == [*ways[:1], True]
-    upstream = rng.normal(size=expected.shape)
-    output = _backend.matmul(x.value, kernel)
+    upstream, kept = rng.normal(size=expected.shape), []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with _backend.torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _backend.matmul(x.value, kernel.value.detach())
+        output = _backend.matmul(x.value, kernel)
+    assert kept.count((num_rows, 1, 64)) + kept.count((num_rows, 64)) == 1  # for the trained one
     output.backward(ops.convert_to_tensor(upstream, "float32"))
     np.testing.assert_allclose(output.detach(), expected, atol=1e-4)
     np.testing.assert_allclose(x.value.grad, upstream @ kernel64.T, atol=1e-4)
