@@ -57,6 +57,7 @@ elif BACKEND == "torch":
     _CPU = getattr(torch.cpu, "get_capabilities", dict)()
     _HAS_AMX = _CPU.get("amx_bf16", False)
     # torch multiplies float32 by MKL, which takes 2 to 3 times as long as oneDNN on CPUs of AMD.
+    # With AVX2 alone oneDNN loses that again if it has to lay the weights of many rows out anew.
     _PREFERS_ONEDNN = "AMD" in _CPU.get("cpu_name", "") and torch.backends.mkldnn.is_available()
     # Dtypes that torch multiplies fast on this CPU. Without AVX-512 those of 16 bits are not.
     _CPU_DTYPES = {torch.float32, torch.float64}
@@ -1140,17 +1141,17 @@ def _torch_matmul(x, kernel):
     rows = x.reshape(-1, x.shape[-1])  # for some of the positions torch would copy the matrix
     if torch.is_grad_enabled():
         if _is_by_onednn(rows, matrix) or (_is_slow(x) and not torch.compiler.is_compiling()):
-            return _product_for_training(x, matrix)
+            return _TorchProduct.apply(x, matrix)
         product = ops.matmul(rows, matrix)
     elif x.device.type != "cpu" or x.dtype == torch.float32:
         product = _product(rows, matrix)
     else:
-        product = _low_product(rows, kernel, matrix)
+        product = _product_on_cpu(rows, kernel, matrix)
     return product.view(*x.shape[:-1], -1)
 
 
-def _low_product(rows, kernel, matrix):
-    """`rows @ matrix`, the kernel's, in low precision on a CPU, without a gradient."""
+def _product_on_cpu(rows, kernel, matrix):
+    """`rows @ matrix`, the kernel's, on a CPU in any dtype but float32, without a gradient."""
     is_few = len(rows) <= (_MAX_FEW_ROWS if _has_tiles(rows) or _is_slow(rows) else 1)
     if isinstance(kernel, keras.Variable) and not torch.compiler.is_compiling():
         if is_few:
@@ -1170,10 +1171,10 @@ def _product(rows, columns):
 
 
 def _is_by_onednn(rows, columns):
+    """Whether oneDNN multiplies float32 `rows @ columns` faster, see `_PREFERS_ONEDNN`."""
     is_float32 = rows.device.type == "cpu" and rows.dtype == torch.float32
     if not (_PREFERS_ONEDNN and is_float32 and torch.backends.mkldnn.enabled):
         return False
-    # With AVX2 alone it loses what it wins if it has to lay many weights out anew.
     is_faster = _CPU.get("avx512_f") or len(rows) <= 32 or columns.stride(0) == 1
     return is_faster and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
@@ -1210,15 +1211,13 @@ def _times_in_float32(rows, columns):
     return outputs
 
 
-def _product_for_training(x, matrix):
-    """`x @ matrix` by float32 products; what is kept for the gradient is of the dtype of `x`."""
-    return _TorchProduct.apply(x, matrix)
-
-
 if BACKEND == "torch":
 
     class _TorchProduct(torch.autograd.Function):
-        """Keeps as little as torch's own product; Keras' custom gradients would keep all inputs."""
+        """`x @ matrix` by float32 products; what is kept for the gradient is of the dtype of `x`.
+
+        It is as little as torch's own product keeps; `ops.custom_gradient` would keep all inputs.
+        """
 
         @staticmethod
         def forward(ctx, x, matrix):

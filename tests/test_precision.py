@@ -491,6 +491,11 @@ def test_float32_by_onednn(has_avx512, num_rows, monkeypatch):
     np.testing.assert_allclose(x.value.grad, upstream @ kernel64.T, atol=1e-4)
     gradient = x64[:, 0].T @ upstream[:, 0]
     np.testing.assert_allclose(kernel.value.grad, gradient, atol=1e-4)
+    if ways[0]:
+        loss = _backend.matmul(x.value, kernel).square().sum()
+        (slope,) = _backend.torch.autograd.grad(loss, x.value, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.sum().backward()
     with _backend.torch.backends.mkldnn.flags(enabled=False):
         _program(_backend.matmul, x.value, kernel)
     assert not ways[-1]
