@@ -1139,14 +1139,12 @@ def _torch_matmul(x, kernel):
     matrix = kernel.value if isinstance(kernel, keras.Variable) else kernel
     x = x.to(matrix.dtype)
     rows = x.reshape(-1, x.shape[-1])  # for some of the positions torch would copy the matrix
-    if torch.is_grad_enabled():
-        if _is_by_onednn(rows, matrix) or (_is_slow(x) and not torch.compiler.is_compiling()):
-            return _TorchProduct.apply(x, matrix)
-        product = ops.matmul(rows, matrix)
-    elif x.device.type != "cpu" or x.dtype == torch.float32:
-        product = _product(rows, matrix)
-    else:
-        product = _product_on_cpu(rows, kernel, matrix)
+    has_gradient = torch.is_grad_enabled()
+    is_slow = _is_slow(x) and not torch.compiler.is_compiling()
+    if has_gradient and (is_slow or _is_by_onednn(rows, matrix)):
+        return _TorchProduct.apply(x, matrix)
+    is_plain = has_gradient or x.device.type != "cpu" or x.dtype == torch.float32
+    product = _product(rows, matrix) if is_plain else _product_on_cpu(rows, kernel, matrix)
     return product.view(*x.shape[:-1], -1)
 
 
@@ -1175,7 +1173,8 @@ def _is_by_onednn(rows, columns):
     is_float32 = rows.device.type == "cpu" and rows.dtype == torch.float32
     if not (_PREFERS_ONEDNN and is_float32 and torch.backends.mkldnn.enabled):
         return False
-    is_faster = _CPU.get("avx512_f") or len(rows) <= 32 or columns.stride(0) == 1
+    is_whole = columns.is_contiguous() or columns.t().is_contiguous()  # slices are 1000 × slower
+    is_faster = is_whole and (_CPU.get("avx512_f") or len(rows) <= 32 or columns.stride(0) == 1)
     return is_faster and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 

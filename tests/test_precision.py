@@ -476,6 +476,9 @@ def test_float32_by_onednn(has_avx512, num_rows, monkeypatch):
     logits = _program(_backend.matmul_transposed_float32, x.value, kernel.value.t().contiguous())
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     assert ways[1:] == [*ways[:1], True]
+    part = _program(_backend.matmul, x.value, kernel.value[:, :40])
+    np.testing.assert_allclose(part, expected[..., :40], atol=1e-4)
+    assert ways[3:] == [False]  # for a part of a matrix oneDNN has no fast code
     upstream, kept = rng.normal(size=expected.shape), []
 
     def keep(tensor):
