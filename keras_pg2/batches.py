@@ -3,7 +3,7 @@
 Data is a sequence of examples, a dict of columns, or an iterable of either examples or batches
 (`keras.utils.PyDataset`, `tf.data.Dataset`, torch `DataLoader`, grain, a generator). An example is
 a dict with "image" or "images", "prefix" or "prompt", and "suffix" or "response"; a batch is a dict
-with lists of them, or of arrays that are tokenized already.
+with lists of them, or of arrays that are tokenized already, or a list of examples.
 
 In a dict of columns, or a batch passed by itself, a str prompt goes with all images. An item of an
 iterable with a list of images and a str prompt is a batch if the prompt is in "prompts"; in
@@ -14,14 +14,12 @@ import collections.abc
 import itertools
 import logging
 import math
-import os
 import sys
 
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters import data_adapter, data_adapter_utils
 from keras.src.utils import rng_utils
-from PIL import Image
 
 from keras_pg2 import _backend
 from keras_pg2.config import check_positive
@@ -406,9 +404,8 @@ def columns_of(batch):
             "second ones, and so on. Pass it "
             "`collate_fn=lambda rows: {k: [row[k] for row in rows] for k in rows[0]}`."
         )
-    images, prompts, responses = map(_items, found)
-    images, prompts, filled, _ = batch_examples(images, prompts, responses)
-    return images, prompts, None if responses is None else filled
+    images, prompts, responses, _ = batch_examples(*found)
+    return images, prompts, None if found[2] is None else responses
 
 
 def _found(item):
@@ -417,21 +414,6 @@ def _found(item):
         next((item[name] for name in names if name in item), None)
         for names in (_IMAGES, _PROMPTS, _RESPONSES)
     ]
-
-
-def _items(column):
-    """A list of what a column of any kind holds; a single item or an array of images stays."""
-    is_single = column is None or isinstance(column, (str, os.PathLike, Image.Image))
-    if is_single or len(getattr(column, "shape", (0,))) != 1:
-        return column
-    return [_text(item) for item in column]
-
-
-def _text(item):
-    """A str, from the bytes or string tensors of TensorFlow; other items are left alone."""
-    if hasattr(item, "numpy") and not len(item.shape):
-        item = item.numpy()
-    return item.decode() if isinstance(item, bytes) else item
 
 
 def _named(names, columns):
@@ -474,13 +456,17 @@ def _unwrap(item):
     """An example or a batch, also out of the tuple that Keras' data sets give."""
     if isinstance(item, tuple) and len(item) == 1:
         item = item[0]
-    if not isinstance(item, collections.abc.Mapping):
-        raise ValueError(f"Data must be {_FORMS}. Received an item of {type(item).__name__}")
+    is_list = isinstance(item, list) and len(item) > 0
+    for example in item if is_list else [item]:
+        if not isinstance(example, collections.abc.Mapping):
+            raise ValueError(f"Data must be {_FORMS}. Received an item of {type(item).__name__}")
     return item
 
 
 def _is_batch(item):
     """Whether an item of data is a batch, not an example; see the top of this file."""
+    if isinstance(item, list):
+        return True
     if "token_ids" in item:
         return np.ndim(item["token_ids"]) == 2
     images, prompts, responses = _found(item)
@@ -499,6 +485,8 @@ def _is_batch(item):
 
 
 def _batch_length(batch):
+    if isinstance(batch, list):
+        return len(batch)
     return len(batch["token_ids"] if "token_ids" in batch else columns_of(batch)[1])
 
 

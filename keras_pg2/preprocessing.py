@@ -269,7 +269,8 @@ def batch_examples(images, prompts, responses=None):
         images: an image, see `Preprocessor.load_image`; a list of images, one for each
             example; a list of lists or of arrays (M, H, W, 3), several for each example; or an
             array (B, H, W, 3) or (B, M, H, W, 3). A single image goes with every prompt.
-        prompts: str, or list of str. A single prompt goes with every image.
+        prompts: str, or list of str. A single prompt goes with every image. Here and in paths,
+            bytes, arrays and tensors of strings are as good.
         responses: None, str, or list of str.
 
     Returns:
@@ -283,17 +284,17 @@ def batch_examples(images, prompts, responses=None):
     """
     if _is_array(images) and len(images.shape) in (4, 5):
         images = list(_to_numpy(images))
-    one_image = not isinstance(images, (list, tuple))
+    images, prompts, responses = map(_items, (images, prompts, responses))
+    one_image = not isinstance(images, list)
     one_prompt = isinstance(prompts, str)
-    images = [images] if one_image else list(images)
-    images = [_images_of(item) for item in images]
+    images = [_images_of(item) for item in ([images] if one_image else images)]
     one_response = responses is None or isinstance(responses, str)
     for name, texts in (("prompts", prompts), ("responses", responses)):
         is_none = name == "responses" and texts is None
-        if not is_none and not isinstance(texts, collections.abc.Iterable):
+        if not is_none and not isinstance(texts, (str, list)):
             raise ValueError(f"`{name}` must be a str or a list of str. Received: {texts!r:.80}")
-    prompts = [prompts] if one_prompt else list(prompts)
-    responses = [responses or ""] if one_response else list(responses)
+    prompts = [prompts] if one_prompt else prompts
+    responses = [responses or ""] if one_response else responses
     count = len(prompts) if one_image else len(images)
     images = images * count if one_image else images
     prompts = prompts * count if one_prompt else prompts
@@ -328,7 +329,25 @@ def _images_of(item):
     """The images of an example, as a list."""
     if _is_array(item) and len(item.shape) == 4:
         return list(_to_numpy(item))
-    return list(item) if isinstance(item, (list, tuple)) else [item]
+    item = _items(item)
+    return item if isinstance(item, list) else [item]
+
+
+def _items(column):
+    """A list of what a column of any kind holds; a single item or an array of images stays."""
+    column = _text(column)
+    is_single = isinstance(column, (str, os.PathLike, Image.Image))
+    is_column = len(getattr(column, "shape", (0,))) == 1
+    if is_single or not is_column or not isinstance(column, collections.abc.Iterable):
+        return column
+    return [_text(item) for item in column]
+
+
+def _text(item):
+    """A str, from bytes or a scalar array or tensor of them; other items are left alone."""
+    if hasattr(item, "__array__") and getattr(item, "shape", None) == ():
+        item = np.asarray(item).item()
+    return item.decode() if isinstance(item, bytes) else item
 
 
 def _is_array(image):

@@ -387,6 +387,20 @@ def test_examples_broadcast():
         ] * 3
 
 
+def test_examples_of_strings_of_any_kind(image):
+    for form in (b"ocr", np.array("ocr"), np.array(b"ocr"), np.array("ocr", dtype=object)):
+        assert batch_examples("a", form, form) == ([["a"]], ["ocr"], ["ocr"], True)
+        assert batch_examples(form, "x") == ([["ocr"]], ["x"], [""], True)
+    for form in (np.array(["a", "b"]), [b"a", b"b"], ("a", "b"), iter("ab")):
+        assert batch_examples(form, "x") == ([["a"], ["b"]], ["x"] * 2, [""] * 2, False)
+    assert batch_examples([np.array(["a", "b"])], "x") == ([["a", "b"]], ["x"], [""], False)
+    assert batch_examples("a", np.array([b"x", b"y"]))[1] == ["x", "y"]
+    tensorflow = pytest.importorskip("tensorflow")
+    x, xy = tensorflow.constant("x"), tensorflow.constant(["x", "y"])
+    assert batch_examples(x, x, x) == ([["x"]], ["x"], ["x"], True)
+    assert batch_examples(xy, xy) == ([["x"], ["y"]], ["x", "y"], ["", ""], False)
+
+
 def test_examples_from_arrays(image):
     images, *_ = batch_examples(np.stack([image, image]), "x")
     assert [len(item) for item in images] == [1, 1]

@@ -81,10 +81,9 @@ def tf_data(columns):
     return tf.data.Dataset.from_tensor_slices(columns).batch(4)
 
 
-def data_loader(columns):
+def data_loader(columns, collate_fn=None):
     data = pytest.importorskip("torch.utils.data")
-    rows = examples_of({**columns, "images": columns["images"]})
-    return data.DataLoader(rows, batch_size=4)
+    return data.DataLoader(examples_of(columns), batch_size=4, collate_fn=collate_fn)
 
 
 def grain_loader(columns):
@@ -114,6 +113,7 @@ FORMS = {
         k: np.array([*v, None], object)[:-1] for k, v in columns.items()
     },
     "DataLoader": data_loader,
+    "DataLoader of lists of examples": lambda columns: data_loader(columns, list),
     "grain": grain_loader,
     "grain DataLoader": grain_data_loader,
 }
