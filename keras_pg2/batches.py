@@ -220,7 +220,9 @@ class Batches(data_adapter.DataAdapter):
                 "A prompt with its answer is longer than sequence_length=%d and is cut at the "
                 "end: prompt %.60r, answer %.60r. The number of such examples is reported after "
                 "the epoch. `model.preprocessor.sequence_length` sets the length.",
-                *(length, columns[1][row], columns[2][row]),
+                length,
+                columns[1][row],
+                columns[2][row],
             )
 
     def _fill(self, x):
@@ -319,7 +321,9 @@ class Batches(data_adapter.DataAdapter):
         if self._num_cut:
             _LOG.warning(
                 "%d of %d examples were longer than sequence_length=%d and were cut.",
-                *(self._num_cut, self._num_seen, self.preprocessor.sequence_length),
+                self._num_cut,
+                self._num_seen,
+                self.preprocessor.sequence_length,
             )
         self._num_cut = 0
         _call(self._data, "on_epoch_end")

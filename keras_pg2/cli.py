@@ -409,7 +409,11 @@ def _convert(options):
         with open(checkpoint.codec, "rb") as file:
             codec = file.read()
     presets.save_checkpoint(
-        *(options.destination, options.to, checkpoint.config, checkpoint.weights(), preprocessor),
+        options.destination,
+        options.to,
+        checkpoint.config,
+        checkpoint.weights(),
+        preprocessor,
         dtype=options.dtype,
         overwrite=options.force,
         codec=codec,

@@ -154,11 +154,8 @@ class GemmaConfig:
 
     def __post_init__(self):
         _use_plain_numbers(self)
-        _require_positive_ints(
-            self,
-            *("width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"),
-            *("vocab_size", "max_positions"),
-        )
+        _require_positive_ints(self, "width", "depth", "mlp_dim", "vocab_size", "max_positions")
+        _require_positive_ints(self, "num_heads", "num_kv_heads", "head_dim")
         _require_positive_numbers(self, "query_pre_attn_scalar", "rope_base", "norm_eps")
         for field in ("attn_logit_softcap", "final_logit_softcap"):
             if getattr(self, field) is not None:

@@ -272,17 +272,12 @@ class GemmaDecoder(DirectCall, layers.Layer):
         caches = [None] * len(self.blocks) if cache is None else cache
         written = []
         for i, (block, block_cache) in enumerate(zip(self.blocks, caches)):
-            start = output_start if block is self.blocks[-1] else 0
+            mask, start = masks[i % 2], output_start if block is self.blocks[-1] else 0
             if self.use_remat and training:
-                x = _rematerialized(block, masks[i % 2], rotary, start)(x)
+                x = _rematerialized(block, mask, rotary, start)(x)
                 continue
-            x, block_cache = block(
-                *(x, masks[i % 2], rotary),
-                cache=block_cache,
-                cache_index=cache_index,
-                output_start=start,
-                training=training,
-            )
+            options = {"cache_index": cache_index, "output_start": start, "training": training}
+            x, block_cache = block(x, mask, rotary, block_cache, **options)
             written.append(block_cache)
         return self.final_norm(x), None if cache is None else written
 

@@ -650,12 +650,11 @@ def generate_batch(model, inputs, sampler, max_new_tokens, stop, seeds, grammar=
     Returns:
         list of Generation.
     """
-    # Strings are looked for in text, on the host, now and then.
-    steps = token_steps(
-        *(model, inputs, sampler, max_new_tokens, seeds),
-        lambda: 16 if stop else max_new_tokens,
-        *(grammar, starts),
-    )
+
+    def num_steps():  # strings are looked for in text, on the host, now and then
+        return 16 if stop else max_new_tokens
+
+    steps = token_steps(model, inputs, sampler, max_new_tokens, seeds, num_steps, grammar, starts)
     token_ids, log_probs = next(steps)
     while True:
         answers = [_answer(model, row, stop) for row in token_ids]
@@ -684,11 +683,11 @@ def stream_batch(model, inputs, sampler, max_new_tokens, stop, seeds):
     """
     is_beam = isinstance(sampler, Beam)
     seconds_per_token = 1.0
-    steps = token_steps(
-        # About ten pieces a second, of one token when tokens are slower.
-        *(model, inputs, sampler, max_new_tokens, seeds),
-        lambda: max_new_tokens if is_beam else math.ceil(0.1 / seconds_per_token),
-    )
+
+    def num_steps():  # about ten pieces a second, of one token when tokens are slower
+        return max_new_tokens if is_beam else math.ceil(0.1 / seconds_per_token)
+
+    steps = token_steps(model, inputs, sampler, max_new_tokens, seeds, num_steps)
     token_ids, _ = next(steps)
     shown = [0] * len(token_ids)
     is_last = False

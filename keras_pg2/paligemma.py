@@ -390,7 +390,11 @@ class PaliGemma2(keras.Model):
 
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(
-            *(path, format, self.config, self.weights_by_path(), self.preprocessor),
+            path,
+            format,
+            self.config,
+            self.weights_by_path(),
+            self.preprocessor,
             dtype=dtype,
             overwrite=overwrite,
             codec=self._codec_content(),
@@ -420,10 +424,9 @@ class PaliGemma2(keras.Model):
                 seed.renew()
         x, sequence = self._embed(inputs, training)
         masks = self._masks(sequence, sequence)
+        start = self.num_image_tokens(inputs)
         hidden, _ = self.text(
-            *(x, sequence["positions"], masks),
-            output_start=self.num_image_tokens(inputs),
-            training=training,
+            x, sequence["positions"], masks, output_start=start, training=training
         )
         if "loss_mask" in inputs:
             return self._suffix_losses(hidden, inputs["token_ids"], inputs["loss_mask"])
@@ -468,11 +471,9 @@ class PaliGemma2(keras.Model):
         Returns:
             float32 (B,).
         """
-        embedding = self.text.embedding
-        _, losses, _ = token_losses(
-            *(hidden, embedding.quantized or embedding.matrix(), token_ids, weights),
-            softcap=self.config.text.final_logit_softcap,
-        )
+        matrix = self.text.embedding.quantized or self.text.embedding.matrix()
+        softcap = self.config.text.final_logit_softcap
+        _, losses, _ = token_losses(hidden, matrix, token_ids, weights, softcap=softcap)
         return -ops.sum(losses, axis=1)
 
     def _step_seeds(self):
@@ -721,10 +722,8 @@ class PaliGemma2(keras.Model):
 
         results = []
         for rows, inputs in _backend.prefetch(prepare, [(rows,) for rows in rows_of_batches]):
-            results += generation.generate_batch(
-                *(self, inputs, *options, [seeds[row] for row in rows]),
-                *(grammar, [starts[row] for row in rows]),
-            )
+            of_rows = [seeds[row] for row in rows], grammar, [starts[row] for row in rows]
+            results += generation.generate_batch(self, inputs, *options, *of_rows)
         results = results[:count] if details else [result.text for result in results[:count]]
         return results[0] if is_single else results
 

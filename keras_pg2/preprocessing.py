@@ -16,8 +16,15 @@ from keras_pg2.tokenizer import BOS_ID, EOS_ID, PAD_ID
 _INTERPOLATIONS = ("bicubic", "bilinear")
 # What Pillow raises for damaged files.
 _DAMAGE = (
-    *(OSError, SyntaxError, ValueError, RuntimeError, TypeError),
-    *(LookupError, EOFError, OverflowError, struct.error),
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
 )
 # What turns an image of each orientation upright. Pillow's own function also writes the other
 # tags anew, and fails if one of them is odd.

@@ -436,10 +436,11 @@ class QuantizedMatrix(keras.layers.Layer):
         first = num_rows - (count - 1) * max_length
         total = part(0, first)
         if count > 1:
-            total = _backend.repeat(
-                lambda index, total: total + part(first + index * max_length, max_length),
-                *(count - 1, total),
-            )
+
+            def step(index, total):
+                return total + part(first + index * max_length, max_length)
+
+            total = _backend.repeat(step, count - 1, total)
         return ops.reshape(ops.cast(total, y.dtype), (*ops.shape(y)[:-1], self.num_columns))
 
     def _multiply_part_back(self, inputs, codes, scales):

@@ -144,7 +144,10 @@ class SegmentationCodec(keras.Model):
 
         def double(i):
             return layers.Conv2DTranspose(
-                *(widths[-1 - i], 4, 2, "same"),
+                widths[-1 - i],
+                kernel_size=4,
+                strides=2,
+                padding="same",
                 activation="relu",
                 data_format="channels_last",
                 name=f"upsample_{i}",
@@ -445,7 +448,10 @@ class SegmentationCodec(keras.Model):
 def _conv(width, kernel_size, activation, strides=1, **kwargs):
     # Sizes are even, so "same" with stride 2 is torch's padding of 1 on either side.
     return layers.Conv2D(
-        *(width, kernel_size, strides, "same"),
+        width,
+        kernel_size,
+        strides=strides,
+        padding="same",
         data_format="channels_last",
         activation=activation,
         **kwargs,
