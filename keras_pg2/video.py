@@ -30,7 +30,7 @@ def frames_from_video(path, count=16):
         import av
     except ImportError as error:
         raise ImportError("`frames_from_video` needs `pip install av`.") from error
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     check_positive(count=count)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No such video file: {path!r}")

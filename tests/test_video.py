@@ -105,6 +105,13 @@ def test_frames_go_into_the_model(model, video):
     assert len(text) == 1
 
 
+def test_paths_in_the_home_folder(video, monkeypatch):
+    monkeypatch.setenv("HOME", str(video.parent))
+    monkeypatch.setenv("USERPROFILE", str(video.parent))
+    (frame,) = frames_from_video("~/video.mp4", 1)
+    assert frame.size == (64, 48)
+
+
 def test_bad_videos(tmp_path, video):
     with pytest.raises(FileNotFoundError, match=r"none\.mp4"):
         frames_from_video(tmp_path / "none.mp4")
