@@ -580,7 +580,7 @@ def _check_segmentation(segmentation, width, height):
                 f"`size` of the mask must be the image's, [{height}, {width}]. "
                 f"Received: {segmentation.get('size')!r}."
             )
-        counts = _run_lengths(segmentation)
+        counts = _read_run_lengths(segmentation)
         if min(counts, default=-1) < 0 or sum(counts) != height * width or not sum(counts[1::2]):
             raise ValueError(
                 f"The run lengths of the mask must add up to its {height * width} pixels, and "
@@ -621,7 +621,7 @@ def _check_overlap(item, width, height):
 def _mask(item, width, height):
     """bool (height, width). A polygon too thin to hold the centre of a pixel fills its box."""
     if isinstance(item.segmentation, dict):
-        counts = _run_lengths(item.segmentation)
+        counts = _read_run_lengths(item.segmentation)
         values = np.arange(len(counts)) % 2 == 1
         return np.repeat(values, counts).reshape(width, height).T
     mask = np.zeros((height, width), bool)
@@ -633,7 +633,7 @@ def _mask(item, width, height):
     return mask
 
 
-def _run_lengths(segmentation):
+def _read_run_lengths(segmentation):
     """Lengths of the runs outside, inside, outside … a mask, column by column.
 
     Compressed, a length is the difference from the last but one, in groups of 5 bits, low ones
