@@ -12,7 +12,7 @@ import re
 import keras
 import numpy as np
 from keras import ops
-from keras.src.utils import io_utils
+from keras.src.utils import file_utils, io_utils
 
 from keras_pg2 import _backend, batches, generation, tasks
 from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, token_positions
@@ -387,6 +387,30 @@ class PaliGemma2(keras.Model):
                 f"`format` must be 'preset', 'hf' or 'keras-hub'. Received: format={format!r}"
             )
         presets.upload(target, lambda path: self._save(path, format, dtype), presets.WRITTEN_FILES)
+
+    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+        """As `keras.Model.save`, but what a file held before stays until the new one is whole.
+
+        Args:
+            filepath: path that ends in ".keras". Others are left to Keras.
+            overwrite: bool, whether a file is replaced without asking.
+            zipped: see `keras.Model.save`.
+        """
+        save = functools.partial(super().save, zipped=zipped, **kwargs)
+        _save_aside(save, filepath, overwrite, ".keras")
+
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None):
+        """As `keras.Model.save_weights`, but a file that is replaced stays until then, as above.
+
+        Args:
+            filepath: path that ends in ".weights.h5". Others are left to Keras.
+            overwrite: bool, whether a file is replaced without asking.
+            max_shard_size: see `keras.Model.save_weights`.
+        """
+        save = functools.partial(super().save_weights, max_shard_size=max_shard_size)
+        if max_shard_size is not None:  # several files
+            return save(filepath, overwrite=overwrite)
+        _save_aside(save, filepath, overwrite, ".weights.h5")
 
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(
@@ -1845,6 +1869,27 @@ class PaliGemma2(keras.Model):
             options = json.load(file)
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.model"))
         self.preprocessor = Preprocessor(tokenizer, **options)
+
+
+def _save_aside(save, filepath, overwrite, ending):
+    """Calls a method of Keras that writes one file, but so that an older one is not lost.
+
+    Args:
+        save: callable with the argument `filepath`, and perhaps `overwrite`.
+        filepath: what the user passed, perhaps a path of a remote file system.
+        overwrite: bool, whether a file is replaced without asking.
+        ending: str, of paths that are not left to Keras.
+    """
+    name = str(filepath)
+    if not name.endswith(ending) or file_utils.is_remote_path(name):
+        save(filepath, overwrite=overwrite)
+        return
+    path = os.path.expanduser(name)
+    if os.path.exists(path) and not overwrite and not io_utils.ask_to_proceed_with_overwrite(path):
+        return
+    with io.replace_when_done(path, overwrite=True) as new:
+        save(new + ending)
+        os.replace(new + ending, new)
 
 
 class _Holder:

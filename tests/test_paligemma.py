@@ -159,6 +159,45 @@ def test_keras_file_round_trip(model, image, inputs, tmp_path):
     assert loaded.generate(image, "ocr", max_new_tokens=4) == expected
 
 
+def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    model = PaliGemma2(_tiny())
+    saves = {"model.keras": model.save, "model.weights.h5": model.save_weights}
+    for name, save in saves.items():
+        save(str(tmp_path / "new" / name))
+        save(tmp_path / "new" / name)  # replaced without a question
+    contents = {name: (tmp_path / "new" / name).read_bytes() for name in saves}
+    norm = model.text.final_norm
+    norm.scale.assign(norm.scale + 1)
+
+    def full_disk(store):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(norm, "save_own_variables", full_disk)
+        for name, save in saves.items():
+            with pytest.raises(OSError, match="No space left"):
+                save(tmp_path / "new" / name)
+    monkeypatch.setattr("builtins.input", lambda prompt: "n")
+    for name, save in saves.items():
+        save(tmp_path / "new" / name, overwrite=False)
+        assert (tmp_path / "new" / name).read_bytes() == contents[name]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(saves)
+    monkeypatch.setenv("HOME", str(tmp_path / "new"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "new"))
+    for name, save in saves.items():
+        save(f"~/{name}")
+        other = PaliGemma2(_tiny())
+        other.load_weights(tmp_path / "new" / name)
+        np.testing.assert_array_equal(_numpy(other.text.final_norm.scale), _numpy(norm.scale))
+    # What is left to Keras: shards and folders.
+    model.save_weights(tmp_path / "shards.weights.json", max_shard_size=3e-5)
+    assert len(list(tmp_path.glob("shards_*.h5"))) > 1
+    model.save(tmp_path / "folder", zipped=False)
+    assert (tmp_path / "folder" / "config.json").exists()
+    with pytest.raises(ValueError, match="extension"):
+        model.save(tmp_path / "model.other")
+
+
 def test_keras_file_keeps_the_policy(tmp_path):
     model = PaliGemma2(_tiny(), dtype="mixed_bfloat16")
     model.save(tmp_path / "model.keras")
