@@ -343,7 +343,7 @@ def _images_of(item):
 def _items(column):
     """A list of what a column of any kind holds; a single item or an array of images stays."""
     column = _text(column)
-    is_single = isinstance(column, (str, os.PathLike, Image.Image))
+    is_single = isinstance(column, (str, os.PathLike, Image.Image, collections.abc.Mapping))
     is_column = len(getattr(column, "shape", (0,))) == 1
     if is_single or not is_column or not isinstance(column, collections.abc.Iterable):
         return column
