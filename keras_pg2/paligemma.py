@@ -12,7 +12,7 @@ import re
 import keras
 import numpy as np
 from keras import ops
-from keras.src.utils import file_utils, io_utils
+from keras.src.utils import file_utils, io_utils, summary_utils
 
 from keras_pg2 import _backend, batches, generation, tasks
 from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, token_positions
@@ -395,9 +395,12 @@ class PaliGemma2(keras.Model):
             filepath: path that ends in ".keras". Others are left to Keras.
             overwrite: bool, whether a file is replaced without asking.
             zipped: see `keras.Model.save`.
+
+        Raises:
+            OSError: if the disk is too full.
         """
         save = functools.partial(super().save, zipped=zipped, **kwargs)
-        _save_aside(save, filepath, overwrite, ".keras")
+        _save_aside(save, filepath, overwrite, ".keras", self._num_bytes())
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
         """As `keras.Model.save_weights`, but a file that is replaced stays until then, as above.
@@ -406,11 +409,20 @@ class PaliGemma2(keras.Model):
             filepath: path that ends in ".weights.h5". Others are left to Keras.
             overwrite: bool, whether a file is replaced without asking.
             max_shard_size: see `keras.Model.save_weights`.
+
+        Raises:
+            OSError: if the disk is too full.
         """
         save = functools.partial(super().save_weights, max_shard_size=max_shard_size)
         if max_shard_size is not None:  # several files
             return save(filepath, overwrite=overwrite)
-        _save_aside(save, filepath, overwrite, ".weights.h5")
+        _save_aside(save, filepath, overwrite, ".weights.h5", self._num_bytes())
+
+    def _num_bytes(self):
+        """Of weights and optimizer."""
+        optimizer = getattr(self, "optimizer", None)
+        variables = [*self.variables, *(optimizer.variables if optimizer else [])]
+        return int(summary_utils.weight_memory_size(variables))
 
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(
@@ -1871,7 +1883,7 @@ class PaliGemma2(keras.Model):
         self.preprocessor = Preprocessor(tokenizer, **options)
 
 
-def _save_aside(save, filepath, overwrite, ending):
+def _save_aside(save, filepath, overwrite, ending, num_bytes):
     """Calls a method of Keras that writes one file, but so that an older one is not lost.
 
     Args:
@@ -1879,6 +1891,7 @@ def _save_aside(save, filepath, overwrite, ending):
         filepath: what the user passed, perhaps a path of a remote file system.
         overwrite: bool, whether a file is replaced without asking.
         ending: str, of paths that are not left to Keras.
+        num_bytes: int, room on the disk that is needed.
     """
     name = str(filepath)
     if not name.endswith(ending) or file_utils.is_remote_path(name):
@@ -1887,7 +1900,7 @@ def _save_aside(save, filepath, overwrite, ending):
     path = os.path.expanduser(name)
     if os.path.exists(path) and not overwrite and not io_utils.ask_to_proceed_with_overwrite(path):
         return
-    with io.replace_when_done(path, overwrite=True) as new:
+    with io.replace_when_done(path, overwrite=True, num_bytes=num_bytes) as new:
         save(new + ending)
         os.replace(new + ending, new)
 

@@ -330,6 +330,39 @@ def test_damaged_files(folder, data, tmp_path):
         PaliGemma2.from_preset(path)
 
 
+def _changed(path, at, content):
+    """A copy of a file with other bytes at a place."""
+    data = bytearray(path.read_bytes())
+    data[at : at + len(content)] = content
+    copy = path.with_name(f"changed-{path.name}")
+    copy.write_bytes(data)
+    return str(copy)
+
+
+def test_damage_inside_of_files(tmp_path):
+    """What the libraries raise then is of many kinds, and names no file."""
+    values = np.arange(6, dtype="float32")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["layer/x"] = values
+        file.create_dataset("layer/y", data=values, chunks=(6,), compression="gzip")
+    content = (tmp_path / "a.h5").read_bytes()
+    path = _changed(tmp_path / "a.h5", content.find(b"HEAP") + 16, b"\xff" * 8)
+    with pytest.raises(ValueError, match=r"changed-a\.h5' is damaged or no HDF5 file"):
+        io.read_h5(path)
+    path = _changed(tmp_path / "a.h5", content.find(b"\x78\x5e"), b"\x00" * 8)
+    with pytest.raises(ValueError, match=r"changed-a\.h5' is damaged: 'layer/y'"):
+        io.read_h5(path)["layer/y"].read()
+    values = np.random.default_rng(0).normal(size=20_000)
+    np.savez_compressed(tmp_path / "a.npz", x=values)
+    content = (tmp_path / "a.npz").read_bytes()
+    path = _changed(tmp_path / "a.npz", content.rfind(b"PK\x01\x02") + 10, b"\x63")
+    with pytest.raises(ValueError, match=r"changed-a\.npz' is damaged or no checkpoint"):
+        io.read_npz(path)
+    path = _changed(tmp_path / "a.npz", len(content) - 1000, b"\xff" * 4)
+    with pytest.raises(ValueError, match=r"changed-a\.npz' is damaged: 'x'"):
+        io.read_npz(path)["x"].read()
+
+
 def test_pickled_objects_are_refused(tmp_path):
     path = tmp_path / "evil.npz"
     np.savez(path, **{"params/img/head/bias": np.array([{}], dtype=object)})

@@ -177,6 +177,12 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch):
         for name, save in saves.items():
             with pytest.raises(OSError, match="No space left"):
                 save(tmp_path / "new" / name)
+    with monkeypatch.context() as patch:
+        usage = type("Usage", (), {"free": 10**4})
+        patch.setattr("shutil.disk_usage", lambda folder: usage)
+        for name, save in saves.items():
+            with pytest.raises(OSError, match="MB are needed"):
+                save(tmp_path / "new" / name)
     monkeypatch.setattr("builtins.input", lambda prompt: "n")
     for name, save in saves.items():
         save(tmp_path / "new" / name, overwrite=False)

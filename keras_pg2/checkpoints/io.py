@@ -18,7 +18,9 @@ import pathlib
 import re
 import shutil
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable
 
 import h5py
@@ -31,6 +33,19 @@ from keras_pg2.checkpoints import names
 _LOG = logging.getLogger(__name__)
 _EMBEDDING = "text/embedding/embeddings"
 _POSITIONS = "vision/position_embedding"
+# What the readers of .npz and HDF5 raise for damaged files.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    EOFError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _MAX_SHARD_BYTES = 5 * 10**9
 # What `overwrite` may replace in a folder: files of the formats, and of the hubs.
 _FILE_OF_A_CHECKPOINT = re.compile(
@@ -233,7 +248,7 @@ def read_npz(path):
                     tensors[name] = _sliced(
                         shape, dtype, functools.partial(_read_npz, path, name, dtype)
                     )
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"The file {path!r} is damaged or no checkpoint: {error}") from error
     return tensors
 
@@ -259,8 +274,11 @@ def _data_offset(path, info):
 
 
 def _read_npz(path, name, dtype):
-    with np.load(path, allow_pickle=False) as archive:
-        return archive[name].view(dtype)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[name].view(dtype)
+    except _DAMAGE as error:
+        raise ValueError(f"The file {path!r} is damaged: {name!r}: {error}") from error
 
 
 def read_h5(path):
@@ -275,40 +293,46 @@ def read_h5(path):
     Raises:
         ValueError: if the file is damaged, or its values lie in other files.
     """
-    tensors = {}
+    tensors, outside = {}, []
 
     def add(name, item):  # links to other files are not visited
         if isinstance(item, h5py.Dataset):
             if item.external or item.is_virtual:
-                raise ValueError(f"The values of {name!r} in {path!r} lie in other files.")
+                outside.append(name)
             dtype = str(item.attrs.get("dtype", item.dtype))
             read = functools.partial(_read_h5, path, name, dtype)
-            tensors[name] = _sliced(item.shape, dtype, read)
+            tensors[str(name)] = _sliced(item.shape, dtype, read)
 
     try:
         with h5py.File(path, "r") as file:
             file.visititems(add)
-    except OSError as error:
+    except _DAMAGE as error:
         raise ValueError(f"The file {path!r} is damaged or no HDF5 file: {error}") from error
+    if outside:
+        raise ValueError(f"The values of {outside[0]!r} in {path!r} lie in other files.")
     return tensors
 
 
 def _read_h5(path, name, dtype):
-    with h5py.File(path, "r") as file:
-        array = file[name][()]
+    try:
+        with h5py.File(path, "r") as file:
+            array = file[name][()]
+    except _DAMAGE as error:
+        raise ValueError(f"The file {path!r} is damaged: {name!r}: {error}") from error
     return array.view(dtype) if array.dtype.kind == "V" else array.astype(dtype, copy=False)
 
 
 # Between a format's tensors and ours --------------------------------------------------------
 
 
-def to_ours(tensors, format, config):
+def to_ours(tensors, format, config, path):
     """Tensors of a checkpoint by the paths of our variables, in our layout.
 
     Args:
         tensors: dict of the format's name to LazyTensor.
         format: str, see `names.tensor_specs`.
         config: PaliGemmaConfig of the checkpoint.
+        path: str, of the checkpoint, for errors.
 
     Returns:
         dict of path to LazyTensor.
@@ -327,7 +351,7 @@ def to_ours(tensors, format, config):
         if heads and names.HUGGING_FACE_EMBEDDING not in tensors:  # one name of the tied matrix
             tensors[names.HUGGING_FACE_EMBEDDING] = tensors.pop(heads[0])
     specs = names.tensor_specs(format, config)
-    _check_names(specs, tensors, format)
+    _check_names(specs, tensors, format, path)
     if format == "hf":
         _warn_of_changed_ends(tensors, config)
 
@@ -447,7 +471,7 @@ def _warn_of_changed_ends(tensors, config):
             )
 
 
-def _check_names(specs, tensors, format):
+def _check_names(specs, tensors, format, path):
     groups = collections.defaultdict(list)
     for spec in specs:
         groups[spec.name].append(spec)
@@ -468,7 +492,7 @@ def _check_names(specs, tensors, format):
             wrong.append(f"{name}: expected floats, found {tensors[name].dtype}")
     if missing or extra or wrong:
         raise ValueError(
-            "The checkpoint does not fit its config.\n"
+            f"The checkpoint {path!r} does not fit its config.\n"
             f"Missing tensors ({len(missing)}): {shorten(missing)}\n"
             f"Unknown tensors ({len(extra)}): {shorten(extra)}\n"
             f"Wrong tensors ({len(wrong)}): {shorten(wrong)}"

@@ -73,7 +73,7 @@ class Checkpoint:
         else:
             unused = names.HUGGING_FACE_UNUSED if self.format == "hf" else None
             tensors = io.read_safetensors(self.path, unused=unused)
-        return io.to_ours(tensors, self.format, self.config)
+        return io.to_ours(tensors, self.format, self.config, self.path)
 
     def make_preprocessor(self, image_size, tokenizer=None):
         """The preprocessor that the checkpoint describes.
@@ -209,7 +209,7 @@ def _recognise(path, config_path, values):
             return Checkpoint("keras-hub", _keras_hub_config(values["config"]), path, tokenizer)
     except KeyError as error:
         raise ValueError(f"The config {config_path!r} lacks the field {error}.") from error
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"The config {config_path!r} is not as expected: {error}") from error
     raise ValueError(
         f"The config {config_path!r} is of no PaliGemma model. "
