@@ -441,6 +441,16 @@ def test_what_is_no_checkpoint(folder, tmp_path):
         PaliGemma2.from_preset(tmp_path)
 
 
+def test_a_keras_hub_config_without_heads(data, tmp_path):
+    folder = shutil.copytree(data / "keras_hub_tiny_paligemma2", tmp_path / "hub")
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["num_query_heads"] = 0
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json' is not as expected"):
+        PaliGemma2.from_preset(folder)
+
+
 def test_unknown_fields_of_a_preset(model, tmp_path):
     model.save_to_preset(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
