@@ -405,8 +405,7 @@ def columns_of(batch):
         raise ValueError(
             "A batch must hold the images of an example as a list. Received tuples, as the "
             "`DataLoader` of torch makes them of the first images of all examples, of their "
-            "second ones, and so on. Pass it "
-            "`collate_fn=lambda rows: {k: [row[k] for row in rows] for k in rows[0]}`."
+            "second ones, and so on. Pass it `collate_fn=list`."
         )
     images, prompts, responses, _ = batch_examples(*found)
     return images, prompts, None if found[2] is None else responses

@@ -399,8 +399,8 @@ class PaliGemma2(keras.Model):
         Raises:
             OSError: if the disk is too full.
         """
-        save = functools.partial(super().save, zipped=zipped, **kwargs)
-        _save_aside(save, filepath, overwrite, ".keras", self._num_bytes())
+        options = {"zipped": zipped, **kwargs}
+        self._save_aside(super().save, filepath, overwrite, ".keras", **options)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
         """As `keras.Model.save_weights`, but a file that is replaced stays until then, as above.
@@ -413,16 +413,35 @@ class PaliGemma2(keras.Model):
         Raises:
             OSError: if the disk is too full.
         """
-        save = functools.partial(super().save_weights, max_shard_size=max_shard_size)
-        if max_shard_size is not None:  # several files
-            return save(filepath, overwrite=overwrite)
-        _save_aside(save, filepath, overwrite, ".weights.h5", self._num_bytes())
+        if max_shard_size is None:
+            self._save_aside(super().save_weights, filepath, overwrite, ".weights.h5")
+        else:  # several files
+            super().save_weights(filepath, overwrite, max_shard_size)
 
-    def _num_bytes(self):
-        """Of weights and optimizer."""
+    def _save_aside(self, save, filepath, overwrite, ending, **options):
+        """Calls a method of Keras that writes one file, but so that an older one is not lost.
+
+        Args:
+            save: callable with the arguments `filepath`, `overwrite` and `options`.
+            filepath: what the user passed, perhaps a path of a remote file system.
+            overwrite: bool, whether a file is replaced without asking.
+            ending: str, of paths that are not left to Keras.
+            **options: what else `save` takes.
+        """
+        name = str(filepath)
+        if not name.endswith(ending) or file_utils.is_remote_path(name):
+            save(filepath, overwrite=overwrite, **options)
+            return
+        path = os.path.expanduser(name)
+        must_ask = os.path.exists(path) and not overwrite
+        if must_ask and not io_utils.ask_to_proceed_with_overwrite(path):
+            return
         optimizer = getattr(self, "optimizer", None)
         variables = [*self.variables, *(optimizer.variables if optimizer else [])]
-        return int(summary_utils.weight_memory_size(variables))
+        num_bytes = int(summary_utils.weight_memory_size(variables))
+        with io.replace_when_done(path, overwrite=True, num_bytes=num_bytes) as new:
+            save(new + ending, **options)
+            os.replace(new + ending, new)
 
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(
@@ -1881,28 +1900,6 @@ class PaliGemma2(keras.Model):
             options = json.load(file)
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.model"))
         self.preprocessor = Preprocessor(tokenizer, **options)
-
-
-def _save_aside(save, filepath, overwrite, ending, num_bytes):
-    """Calls a method of Keras that writes one file, but so that an older one is not lost.
-
-    Args:
-        save: callable with the argument `filepath`, and perhaps `overwrite`.
-        filepath: what the user passed, perhaps a path of a remote file system.
-        overwrite: bool, whether a file is replaced without asking.
-        ending: str, of paths that are not left to Keras.
-        num_bytes: int, room on the disk that is needed.
-    """
-    name = str(filepath)
-    if not name.endswith(ending) or file_utils.is_remote_path(name):
-        save(filepath, overwrite=overwrite)
-        return
-    path = os.path.expanduser(name)
-    if os.path.exists(path) and not overwrite and not io_utils.ask_to_proceed_with_overwrite(path):
-        return
-    with io.replace_when_done(path, overwrite=True, num_bytes=num_bytes) as new:
-        save(new + ending)
-        os.replace(new + ending, new)
 
 
 class _Holder:

@@ -258,8 +258,11 @@ def test_images_that_torch_has_mixed_up(tokenizer, columns):
     """Its default for lists of images: the first of all examples, then the second of all."""
     images = columns["images"]
     columns = {**columns, "images": [tuple(images[:2]), tuple(images[2:4])]}
-    with pytest.raises(ValueError, match=r"as a list\. Received tuples, .*collate_fn=lambda"):
+    with pytest.raises(ValueError, match=r"as a list\. Received tuples, .*collate_fn=list"):
         read([{name: column[:2] for name, column in columns.items()}], tokenizer)
+    rows = [row | {"images": pair} for row, pair in zip(examples_of(columns), columns["images"])]
+    (batch,) = read([rows], tokenizer)  # as `collate_fn=list` makes it
+    assert batch["images"].shape[:2] == (2, 2)
 
 
 def test_an_image_shared_by_batches(tokenizer, tmp_path):

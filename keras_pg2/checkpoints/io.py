@@ -301,7 +301,7 @@ def read_h5(path):
                 outside.append(name)
             dtype = str(item.attrs.get("dtype", item.dtype))
             read = functools.partial(_read_h5, path, name, dtype)
-            tensors[str(name)] = _sliced(item.shape, dtype, read)
+            tensors[str(name)] = _sliced(item.shape, dtype, read)  # bytes where it is damaged
 
     try:
         with h5py.File(path, "r") as file:
