@@ -104,10 +104,12 @@ class Preprocessor:
         """
         if self.interpolation == "bicubic":
             size = (self.image_size, self.image_size)
-            resized = Image.fromarray(image_pixels(image)).resize(size, Image.Resampling.BICUBIC)
-            levels = np.array(resized, "float32")
+            image = _read(image)
+            if not isinstance(image, Image.Image):
+                image = Image.fromarray(_pixels(image))
+            levels = np.array(image.resize(size, Image.Resampling.BICUBIC), "float32")
         else:
-            levels = _resize(image_levels(image), self.image_size)
+            levels = _resize(_levels(_read(image)), self.image_size)
             # big_vision casts back to uint8, which truncates; the tolerance absorbs rounding.
             levels += 1e-3
             np.floor(levels, out=levels)
@@ -445,17 +447,35 @@ def _triangles(length, count, num_channels):
 
 def image_pixels(image):
     """One image, see `Preprocessor.load_image`, to uint8 (H, W, 3)."""
-    levels = image_levels(image)
+    return _pixels(_levels(_read(image)))
+
+
+def _pixels(levels):
     return levels if levels.dtype == "uint8" else np.round(levels).clip(0, 255).astype("uint8")
 
 
-def image_levels(image):
-    """One image to uint8 or float32 (H, W, 3) in [0, 255]."""
+def _levels(image):
+    """What `_read` returned, as an array."""
+    if not isinstance(image, Image.Image):
+        return image
+    # In strips that fit in a cache: as a whole Pillow copies it three times.
+    levels = np.empty((image.height, image.width, 3), "uint8")
+    for top in range(0, image.height, 128):
+        bottom = min(top + 128, image.height)
+        levels[top:bottom] = image.crop((0, top, image.width, bottom))
+    return levels
+
+
+def _read(image):
+    """One image to an upright PIL image of mode "RGB", or from an array to levels in [0, 255].
+
+    Levels are uint8 or float32 (H, W, 3).
+    """
     if isinstance(image, (str, os.PathLike)):
         with _opened(image) as opened:
-            return _pil_levels(opened, repr(os.fspath(image)))
+            return _upright(opened, repr(os.fspath(image)))
     if isinstance(image, Image.Image):
-        return _pil_levels(image, "the PIL image")
+        return _upright(image, "the PIL image")
     if not _is_array(image):
         raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r:.80}")
     image = _to_numpy(image)
@@ -527,7 +547,8 @@ def _lock(image):
     return _LOCKS[id(image) // 16 % len(_LOCKS)]
 
 
-def _pil_levels(image, name):
+def _upright(image, name):
+    """A PIL image with its pixels read, turned upright, in mode "RGB"."""
     if 0 in image.size:
         raise ValueError(f"An image must have at least one pixel. Received: {name}, {image.size}")
     try:
@@ -542,12 +563,7 @@ def _pil_levels(image, name):
             image = Image.fromarray(grey / 257 if has_16_bits else grey)
         if image.mode != "RGB":  # La is converted by way of LA alone
             image = (image.convert("LA") if image.mode == "La" else image).convert("RGB")
-        # In strips that fit in a cache: as a whole Pillow copies it three times.
-        levels = np.empty((image.height, image.width, 3), "uint8")
-        for top in range(0, image.height, 128):
-            bottom = min(top + 128, image.height)
-            levels[top:bottom] = image.crop((0, top, image.width, bottom))
-        return levels
+        return image
     except _DAMAGE as error:
         raise _damaged(name, error) from error
 

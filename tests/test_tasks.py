@@ -437,7 +437,7 @@ def test_image_size(tmp_path, orientation, ending):
     Image.new("RGB", (30, 20)).save(path, exif=exif)
     expected = (20, 30) if orientation == 6 else (30, 20)
     assert image_size(path) == image_size(Image.open(path)) == expected
-    assert keras_pg2.preprocessing.image_levels(path).shape[1::-1] == expected
+    assert keras_pg2.preprocessing.image_pixels(path).shape[1::-1] == expected
     assert image_size(np.zeros((20, 30, 3), "uint8")) == image_size(np.zeros((20, 30))) == (30, 20)
 
 

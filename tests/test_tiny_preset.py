@@ -35,7 +35,7 @@ def test_objects_in_a_sample(tiny):
     found = tiny.detect(SAMPLES["shapes"], "cross ; heart")
     assert [item.label for item in found] == ["heart", "cross", "cross"]
     assert all(item.score > 0.2 for item in found)
-    image = keras_pg2.preprocessing.image_levels(SAMPLES["shapes"])
+    image = keras_pg2.preprocessing.image_pixels(SAMPLES["shapes"])
     (heart,) = tiny.segment(SAMPLES["shapes"], "heart")
     is_purple = image[..., 1] < 100
     assert (heart.mask & is_purple).sum() / (heart.mask | is_purple).sum() > 0.75
