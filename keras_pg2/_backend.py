@@ -1610,6 +1610,15 @@ def halves_of_int4(codes):
     return ops.bitwise_and(codes, mask), ops.right_shift(codes, bits)
 
 
+def take_in_groups(array, rows):
+    """Rows int (n,) of each group in (groups, R, C): (groups, n, C)."""
+    if BACKEND != "jax":
+        return ops.take(array, rows, axis=1)
+    # Else a TPU's compiler lays the whole array out anew.
+    places = jnp.broadcast_to(rows[:, None], (array.shape[0], *rows.shape, 1))
+    return jnp.take_along_axis(array, places, axis=1)
+
+
 def take_int4(codes, rows, tile):
     """Rows of a matrix by their numbers.
 
@@ -1623,13 +1632,7 @@ def take_int4(codes, rows, tile):
     """
     shape = (*rows.shape, -1)
     if tile is None:
-        rows = ops.reshape(rows, -1)
-        if BACKEND == "jax":  # group by group: else a TPU's compiler copies all codes
-            places = jnp.broadcast_to(rows[:, None], (codes.shape[0], *rows.shape, 1))
-            found = jnp.take_along_axis(codes, places, axis=1)
-        else:
-            found = ops.take(codes, rows, axis=1)
-        return ops.reshape(unpack_int4(found), shape)
+        return ops.reshape(unpack_int4(take_in_groups(codes, ops.reshape(rows, -1))), shape)
     if torch.is_tensor(tile):
         tiles = codes.view(codes.shape[1] // 8, -1, 4 * _INT4_COLUMNS)
         columns = torch.arange(tiles.shape[1], device=tiles.device)[:, None]

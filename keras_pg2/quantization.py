@@ -240,7 +240,8 @@ class QuantizedMatrix(keras.layers.Layer):
             codes, scales = (ops.take(x, rows, axis=0) for x in (self.codes, self.scales))
         else:
             codes = _backend.take_int4(self.codes.value, rows, self._tile)
-            scales = ops.take(self.scales, rows, axis=1)
+            scales = _backend.take_in_groups(self.scales.value, ops.reshape(rows, -1))
+            scales = ops.reshape(scales, (-1, *rows.shape, 2))
         return self._decode(codes, scales, "float32")
 
     def values(self, dtype):
