@@ -801,17 +801,25 @@ def torch_attention(query, key, value, mask, logit_softcap):
 
 
 def attention_logits(query, key):
-    """Products float32 (B, K, G, T, S) of queries (B, T, K, G, H) and keys (B, K, S, H)."""
+    """Products float32 (B, K, T, G, S) of queries (B, T, K, G, H) and keys (B, K, S, H)."""
     if BACKEND == "tensorflow" and query.shape[1] == 1 and _is_tf_on_cpu():
         return _logits_of_one(query, key)
-    return einsum_float32("btkgh,bksh->bkgts", query, key)
+    if BACKEND != "jax":
+        return einsum_float32("btkgh,bksh->bktgs", query, key)
+    if not has_gpu_with_jax():  # on a CPU faster with the key first, on a TPU the same
+        return jnp.moveaxis(einsum_float32("btkgh,bksh->bkstg", query, key), 2, 4)
+    # With T and G as one axis a GPU's compiler makes one kernel of all until the next product.
+    batch_size, length, num_kv_heads, group_size, head_dim = query.shape
+    rows = jnp.swapaxes(query, 1, 2).reshape(batch_size, num_kv_heads, -1, head_dim)
+    logits = einsum_float32("bkmh,bksh->bkms", rows, key)
+    return logits.reshape(batch_size, num_kv_heads, length, group_size, -1)
 
 
 def _logits_of_one(query, key):
     # Head by head: XLA is half as fast with all those that share a key.
     heads = [query[:, 0, :, head] for head in range(query.shape[3])]
     logits = [einsum_float32("bksh,bkh->bks", key, head) for head in heads]
-    return ops.stack(logits, axis=2)[:, :, :, None]
+    return ops.stack(logits, axis=2)[:, :, None]
 
 
 def _is_tf_on_cpu():

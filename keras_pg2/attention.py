@@ -148,8 +148,8 @@ def _attention(query, key, value, mask, logit_softcap):
     if logit_softcap is not None:
         logits = ops.tanh(logits / logit_softcap) * logit_softcap
     if mask is not None:
-        logits = ops.where(mask[:, None, None], logits, _backend.MASKED_LOGIT)
-    probs = ops.cast(ops.softmax(logits, axis=-1), value.dtype)  # (B, K, G, T, S)
+        logits = ops.where(mask[:, None, :, None], logits, _backend.MASKED_LOGIT)
+    probs = ops.cast(ops.softmax(logits, axis=-1), value.dtype)  # (B, K, T, G, S)
     # With the axes in this order XLA's product for one token is 12 times as fast on a CPU.
-    output = ops.transpose(_backend.einsum("bkgts,bksh->bkgth", probs, value), (0, 3, 1, 2, 4))
+    output = ops.swapaxes(_backend.einsum("bktgs,bksh->bktgh", probs, value), 1, 2)
     return ops.reshape(output, (-1, query_length, num_heads, head_dim))

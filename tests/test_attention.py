@@ -126,10 +126,12 @@ def _reference(query, key, value, mask, softcap):
 @pytest.mark.parametrize("max_logits", [1024 * 1024, 22])  # 22: chunks of 2 queries
 @pytest.mark.parametrize(("length", "kv_heads"), [(1, 3), (5, 3), (6, 3), (1, 1), (6, 1), (6, 6)])
 @pytest.mark.parametrize("in_program", [False, True])
+@pytest.mark.parametrize("has_gpu", [False, True] if _backend.BACKEND == "jax" else [False])
 def test_attention_agrees_with_a_loop(
-    monkeypatch, softcap, max_logits, length, kv_heads, in_program, run_in_program
+    monkeypatch, softcap, max_logits, length, kv_heads, in_program, has_gpu, run_in_program
 ):
     monkeypatch.setattr(_backend, "_MAX_LOGITS", max_logits)
+    monkeypatch.setattr(_backend, "has_gpu_with_jax", lambda: has_gpu)
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, length, 6, 4)).astype("float32")
     key = rng.normal(size=(2, 11, kv_heads, 4)).astype("float32")
