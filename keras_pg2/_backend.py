@@ -808,7 +808,7 @@ def attention_logits(query, key):
         return einsum_float32("btkgh,bksh->bktgs", query, key)
     if not has_gpu_with_jax():  # on a CPU faster with the key first, on a TPU the same
         return jnp.moveaxis(einsum_float32("btkgh,bksh->bkstg", query, key), 2, 4)
-    # With T and G as one axis a GPU's compiler makes one kernel of all until the next product.
+    # With T and G as one axis XLA for GPUs has one kernel from here to the product with the values.
     batch_size, length, num_kv_heads, group_size, head_dim = query.shape
     rows = jnp.swapaxes(query, 1, 2).reshape(batch_size, num_kv_heads, -1, head_dim)
     logits = einsum_float32("bkmh,bksh->bkms", rows, key)

@@ -451,11 +451,12 @@ def image_pixels(image):
 
 
 def _pixels(levels):
+    """Levels, see `_read`, to uint8."""
     return levels if levels.dtype == "uint8" else np.round(levels).clip(0, 255).astype("uint8")
 
 
 def _levels(image):
-    """What `_read` returned, as an array."""
+    """What `_read` returned to levels: uint8 or float32 (H, W, 3)."""
     if not isinstance(image, Image.Image):
         return image
     # In strips that fit in a cache: as a whole Pillow copies it three times.
