@@ -1694,7 +1694,7 @@ def from_numpy(array, dtype):
 
 
 def set_value(variable, tensor):
-    """Gives a variable its value, whether it has one already or not."""
+    """Gives a variable its value, a tensor, whether it has one already or not."""
     if variable._value is None:
         variable._initialize(tensor)
     else:

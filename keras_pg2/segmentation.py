@@ -441,8 +441,9 @@ class SegmentationCodec(keras.Model):
             if not np.isfinite(array.astype("float32")).all():
                 raise ValueError(f"The file {path!r} is damaged: {name} holds NaN or infinity.")
         for name, array in arrays.items():
-            _backend.set_value(variables[name], array.astype(variables[name].dtype))
-        _backend.set_value(self.usage, np.ones(NUM_SEGMENTS, "float32"))  # no row is dead
+            dtype = variables[name].dtype
+            _backend.set_value(variables[name], _backend.from_numpy(array.astype(dtype), dtype))
+        _backend.set_value(self.usage, ops.ones(NUM_SEGMENTS, "float32"))  # no row is dead
 
 
 def _conv(width, kernel_size, activation, strides=1, **kwargs):

@@ -41,6 +41,8 @@ class Tokenizer:
     def __init__(self, model):
         self.model = model
         try:
+            if not isinstance(model, bytes) or not model:  # SentencePiece 0.2.1 crashes on these
+                raise TypeError("it is empty, or not of bytes")
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError) as error:
             raise ValueError(

@@ -162,6 +162,8 @@ def test_a_file_holds_the_codec(small, small_file):
     for name, value in values(small).items():
         np.testing.assert_array_equal(values(loaded)[name], value, err_msg=name)
     assert ops.convert_to_numpy(loaded.usage).tolist() == [1] * 128
+    # An array of NumPy in place of one would go to the accelerator at each call.
+    assert all(ops.is_tensor(variable.value) for variable in loaded.variables)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
