@@ -52,7 +52,11 @@ elif BACKEND == "tensorflow":
     import tensorflow as tf
 elif BACKEND == "torch":
     import torch
-    from keras.src.backend.torch.core import get_device, to_torch_dtype
+
+    try:
+        from keras.src.backend.torch.core import get_device, to_torch_dtype
+    except ImportError:  # Keras 3.16
+        from keras.src.backend.torch.ops.core import get_device, to_torch_dtype
 
     _CPU = getattr(torch.cpu, "get_capabilities", dict)()
     _HAS_AMX = _CPU.get("amx_bf16", False)

@@ -256,8 +256,10 @@ class Batches(data_adapter.DataAdapter):
     def get_numpy_iterator(self):
         return self.arrays()
 
-    def get_jax_iterator(self):
+    def get_jax_iterator(self, super_batch=None):
         self.check_distribution()
+        if super_batch:  # Keras 3.16 asks for this many steps in one array
+            return data_adapter_utils.super_batch_iterator(self.arrays(), super_batch)
         return self.arrays()
 
     def get_torch_dataloader(self):

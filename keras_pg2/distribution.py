@@ -3,7 +3,7 @@
 import keras
 
 from keras_pg2.checkpoints import names
-from keras_pg2.quantization import ROW_MULTIPLE, scheme_of
+from keras_pg2.quantization import ROW_MULTIPLE, scheme_of_preset
 
 # Axes of each kernel: over which axis of the mesh it is split, "data" or "model". A product
 # splits its output, the next one its input, so that one sum ends each attention and MLP.
@@ -56,7 +56,7 @@ def layout_map(config, device_mesh, quantize=None):
             "`device_mesh` must have the axes 'data' and 'model'; one may have the size 1. "
             f"Received: {device_mesh.axis_names}"
         )
-    group_size = scheme_of(quantize)[1] if quantize else None
+    group_size = scheme_of_preset(quantize)[1] if quantize else None
     sizes = dict(zip(device_mesh.axis_names, device_mesh.shape))
     heads = {"vision": (config.vision.num_heads,) * 2}
     heads["text"] = (config.text.num_heads, config.text.num_kv_heads)

@@ -264,6 +264,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
         return ops.transpose(self.quantized.values(self.compute_dtype))
 
     def check_quantizable(self):
+        super().check_quantizable()
         if self.is_merged:
             raise ValueError(
                 f"LoRA of {self.path!r} is merged. Call `drop_lora()`, which keeps it in the "

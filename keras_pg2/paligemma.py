@@ -27,7 +27,7 @@ from keras_pg2.preprocessing import (
     checked_preprocessor,
     image_size,
 )
-from keras_pg2.quantization import QuantizedMatrix, group_size_of, scheme_of, unlocked
+from keras_pg2.quantization import QuantizedMatrix, scheme_of, scheme_of_preset, unlocked
 from keras_pg2.segmentation import SegmentationCodec
 from keras_pg2.siglip import SiglipTower
 from keras_pg2.tokenizer import EOS_ID, Tokenizer
@@ -179,7 +179,7 @@ class PaliGemma2(keras.Model):
             >>> model = keras_pg2.PaliGemma2.from_preset("paligemma2-10b-mix-448", quantize="int4")
         """
         if quantize:
-            scheme_of(quantize)  # raises before anything is downloaded
+            scheme_of_preset(quantize)  # raises before anything is downloaded
         if compilation_cache is not None:
             _backend.compilation_cache(compilation_cache)
         checkpoint = presets.find_checkpoint(preset)
@@ -1270,6 +1270,7 @@ class PaliGemma2(keras.Model):
             elif validation_data is not None:
                 validation_data = self._batches(validation_data, None, validation_batch_size)
             self._use_function_for("train_function", lambda: x.shapes)
+            self._build_optimizer()
             options = {"callbacks": _with_watch(callbacks, x), "validation_data": validation_data}
         else:
             options = {
@@ -1306,6 +1307,8 @@ class PaliGemma2(keras.Model):
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
             self._use_function_for("test_function", lambda: x.shapes)
+            if _backend.BACKEND == "jax":
+                self._build_optimizer()
         try:
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)
         finally:  # after an error, too
@@ -1342,10 +1345,14 @@ class PaliGemma2(keras.Model):
         self._use_function_for(function_name, lambda: batches.shapes_of(prepared))
         return prepared
 
-    def make_train_function(self, force=False):
+    def _build_optimizer(self):
+        # Else Keras 3.16 does it with jax, after it read a batch, which a generator gives once; and
+        # with TensorFlow the first step, all of which is then traced twice.
         if self.optimizer is not None and not self.optimizer.built:
-            # Else the first step makes the slots, for which TensorFlow traces all of it twice.
             self.optimizer.build(self.trainable_variables)
+
+    def make_train_function(self, force=False):
+        self._build_optimizer()
         if self.optimizer is not None:
             _backend.unshare([*self.trainable_variables, *self.optimizer.variables])
         if self.programs.graphs:
@@ -1778,8 +1785,7 @@ class PaliGemma2(keras.Model):
                 "`filters` must match a layer that is not quantized yet, as "
                 f"{list(layers)[:3]}. Received: filters={filters!r}"
             )
-        # `config` is there even for a mode alone: Keras wraps this method.
-        group_size_of(mode, config)  # raises before anything is changed
+        scheme_of(mode, config)  # raises before anything is changed
         for path in matching:  # all, before one is changed
             layers[path].check_quantizable()
         for path in matching:

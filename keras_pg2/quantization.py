@@ -29,57 +29,69 @@ _MAX_DECODED_BACK = 2**25  # the same in gradients, with a compiler
 _MAX_FUSED = 4095  # columns of int8 that XLA decodes for one row as it multiplies: below 16 KiB
 
 
-def group_size_of(mode, config):
-    """The group size that a `keras.quantizers.QuantizationConfig` asks for.
+def scheme_of(mode, config):
+    """Mode and group size that the arguments of Keras' `quantize` ask for.
 
     Args:
-        mode: str.
-        config: QuantizationConfig or None.
+        mode: str, or None for that of `config`.
+        config: `keras.quantizers.QuantizationConfig` or None.
 
     Returns:
-        int, or None for "int8".
+        str, and int or None for "int8".
 
     Raises:
-        ValueError: if mode, quantizer or group size is another than we have.
+        ValueError: if mode, quantizer or group size is another than we have, or the mode is
+            another than that of `config`.
     """
+    if not isinstance(config, keras.quantizers.QuantizationConfig | None):
+        raise ValueError(
+            "`config` must be a `keras.quantizers.QuantizationConfig` or None. Received: "
+            f"config={config!r}"
+        )
+    if mode is None and config is not None:
+        mode = config.mode
     if mode not in ("int8", "int4"):
         raise ValueError(f"`mode` must be 'int8' or 'int4'. Received: mode={mode!r}")
+    if config is not None and config.mode != mode:
+        raise ValueError(
+            f"`mode` must be that of `config`, {config.mode!r}, or None. Received: mode={mode!r}"
+        )
     if getattr(config, "weight_quantizer", None) is not None:
         raise ValueError(
             "`weight_quantizer` has no effect here: leave it out. Received: "
             f"weight_quantizer={config.weight_quantizer!r}"
         )
     if mode == "int8":
-        return None
+        return mode, None
     size = getattr(config, "block_size", 128)
     if size not in GROUP_SIZES:
         raise ValueError(
             f"`block_size` of `Int4QuantizationConfig` must be one of {GROUP_SIZES}. Received: "
             f"block_size={size}"
         )
-    return size
+    return mode, size
 
 
-def scheme_of(quantize):
-    """Mode and group size of an argument `quantize`.
+def scheme_of_preset(quantize):
+    """Mode and group size of the argument `quantize` of `from_preset`.
 
     Args:
         quantize: "int8", "int4" or `keras.quantizers.QuantizationConfig`.
 
     Returns:
-        str, and int or None, see `group_size_of`.
+        str, and int or None, see `scheme_of`.
 
     Raises:
         ValueError: if it is something else, or asks for what we have not.
     """
     if isinstance(quantize, keras.quantizers.QuantizationConfig):
-        return quantize.mode, group_size_of(quantize.mode, quantize)
+        return scheme_of(None, quantize)
     if quantize not in ("int8", "int4"):
         raise ValueError(
             "`quantize` must be None, 'int8', 'int4' or a `keras.quantizers.QuantizationConfig`. "
             f"Received: quantize={quantize!r}"
         )
-    return quantize, group_size_of(quantize, None)
+    return scheme_of(quantize, None)
 
 
 class QuantizedMatrix(keras.layers.Layer):
@@ -552,7 +564,8 @@ class Quantizable:
 
     def quantize(self, mode=None, type_check=True, config=None):
         """Replaces the matrix by integers, see `PaliGemma2.quantize`."""
-        group_size = group_size_of(mode, config)
+        self.check_quantizable()
+        mode, group_size = scheme_of(mode, config)
         matrix = getattr(self, f"_{self.matrix_name}")
         values = None if matrix._value is None else ops.convert_to_numpy(matrix)
         self.make_quantized(mode, group_size)
@@ -561,6 +574,12 @@ class Quantizable:
 
     def check_quantizable(self):
         """Raises a ValueError if the layer cannot be quantized now."""
+        if not self.built:
+            raise ValueError(f"Build the layer {self.name!r} before `quantize`.")
+        if self.quantized is not None:
+            raise ValueError(
+                f"The layer {self.path!r} is quantized to {self.quantization_mode} already."
+            )
 
     def make_quantized(self, mode, group_size):
         """Replaces the matrix by a quantized one, which is zero or, like it, without values."""
@@ -591,13 +610,7 @@ class Quantizable:
         return self.call(*args, **kwargs)
 
     def _check_quantize_args(self, mode, compute_dtype):
-        # In place of Keras', which forbids int8 in float16: it quantizes activations too.
-        if not self.built:
-            raise ValueError(f"Build the layer {self.name!r} before `quantize`.")
-        if self.quantized is not None:
-            raise ValueError(
-                f"The layer {self.path!r} is quantized to {self.quantization_mode} already."
-            )
+        pass  # `quantize` checks them; Keras forbids int8 in float16: it quantizes activations too
 
 
 def _after(x, scales):

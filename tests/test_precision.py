@@ -58,7 +58,7 @@ def test_bfloat16_is_about_as_close_as_transformers(data):
 @pytest.mark.parametrize("policy", ["float32", *BOUNDS])
 def test_layer_norms_are_computed_in_float32(policy, run_in_program):
     layer = LayerNorm(epsilon=1e-6, dtype=policy, autocast=False)
-    layer.build((None, 64))
+    layer.build((None, None, 64))
     rng = np.random.default_rng(0)
     for variable in layer.weights:
         variable.assign(rng.normal(size=64))

@@ -828,6 +828,21 @@ def test_a_larger_batch_after_the_first(tokenizer, columns):
         assert np.isfinite(model.evaluate(rows, verbose=0)[0])
 
 
+@pytest.mark.slow_if_compiled
+@pytest.mark.skipif(_backend.BACKEND == "torch", reason="Keras 3.15 refuses it with torch")
+def test_several_steps_per_execution(tokenizer, columns):
+    losses = []
+    for count in (1, 2):  # of three steps
+        model = micro_model(tokenizer)
+        model.compile(keras.optimizers.SGD(0.1), steps_per_execution=count)
+        before = model.evaluate(in_batches(columns), verbose=0)[0]
+        fitted = model.fit(columns, batch_size=4, shuffle=False, verbose=0).history["loss"][0]
+        after = model.evaluate(in_batches(columns), verbose=0)[0]
+        losses.append((before, fitted, after))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[0][0] > losses[0][1] > losses[0][2]
+
+
 def test_token_ids_outside_the_vocabulary(tokenizer, columns):
     (x,) = read(columns, tokenizer, batch_size=10)
     x["token_ids"][0, 3] = VOCAB_SIZE
