@@ -421,6 +421,23 @@ def test_layer_errors():
         layer.quantize("int4")
 
 
+@pytest.mark.parametrize(
+    ("mode", "config", "message"),
+    [
+        (None, None, r"`mode` must be 'int8' or 'int4'\. Received: mode=None"),
+        ("int8", _int4(64)["config"], r"that of `config`, 'int4', or None\. Received: mode='int8'"),
+        ("int8", "int8", r"`config` must be a .*QuantizationConfig.* Received: config='int8'"),
+    ],
+)
+def test_arguments_that_name_no_scheme(mode, config, message):
+    with pytest.raises(ValueError, match=message):
+        quantization.scheme_of(mode, config)
+
+
+def test_a_config_names_the_mode():
+    assert quantization.scheme_of(None, _int4(64)["config"]) == ("int4", 64)
+
+
 # The model
 
 
