@@ -1307,7 +1307,7 @@ class PaliGemma2(keras.Model):
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
             self._use_function_for("test_function", lambda: x.shapes)
-            if _backend.BACKEND == "jax":
+            if _backend.BACKEND == "jax":  # where Keras makes the slots here, too
                 self._build_optimizer()
         try:
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)

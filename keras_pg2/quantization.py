@@ -73,7 +73,7 @@ def scheme_of(mode, config):
 
 
 def scheme_of_preset(quantize):
-    """Mode and group size of the argument `quantize` of `from_preset`.
+    """Mode and group size of the argument `quantize` of `from_preset` and `layout_map`.
 
     Args:
         quantize: "int8", "int4" or `keras.quantizers.QuantizationConfig`.
@@ -583,7 +583,6 @@ class Quantizable:
 
     def make_quantized(self, mode, group_size):
         """Replaces the matrix by a quantized one, which is zero or, like it, without values."""
-        self.check_quantizable()
         matrix = getattr(self, f"_{self.matrix_name}")
         shape = matrix.shape[::-1] if self._is_transposed else matrix.shape
         policy = self.dtype_policy
@@ -610,7 +609,7 @@ class Quantizable:
         return self.call(*args, **kwargs)
 
     def _check_quantize_args(self, mode, compute_dtype):
-        pass  # `quantize` checks them; Keras forbids int8 in float16: it quantizes activations too
+        pass  # `check_quantizable` does; Keras forbids int8 in float16, as it has int8 activations
 
 
 def _after(x, scales):
