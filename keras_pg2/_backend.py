@@ -222,7 +222,13 @@ def _call_part(parts, method, *args, **kwargs):
                 _state.parts = parts
 
         parts[key] = _jit(function)
-    return parts[key]([variable.value for variable in variables], tensors)
+    return parts[key]([_on_one_device(variable.value) for variable in variables], tensors)
+
+
+def _on_one_device(value):
+    """The value of a variable that tensorflow has on several devices, on the first of them."""
+    is_on_several = BACKEND == "tensorflow" and isinstance(value, tf.distribute.DistributedValues)
+    return value.values[0] if is_on_several else value
 
 
 def _is_known(layer):
@@ -357,6 +363,25 @@ def sync_values(model):
     """Gives the variables their values, which Keras holds elsewhere in its loops on jax."""
     if BACKEND == "jax":
         model.jax_state_sync()
+
+
+def strategy_scope(model):
+    """The scope of a model's `tf.distribute` strategy, where its optimizer's variables belong."""
+    if BACKEND == "tensorflow":
+        return model.distribute_strategy.scope()
+    return contextlib.nullcontext()
+
+
+def share_of_replica(mean, count):
+    """What a replica's mean over `count` examples adds to that over all, with `tf.distribute`.
+
+    Keras adds up the gradients of the replicas, of which some may have fewer examples that count.
+    """
+    replica = tf.distribute.get_replica_context() if BACKEND == "tensorflow" else None
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return mean
+    total = replica.all_reduce(tf.distribute.ReduceOp.SUM, count)
+    return mean * count / ops.maximum(total, 1)
 
 
 def unshare(variables):

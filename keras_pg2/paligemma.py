@@ -1349,7 +1349,8 @@ class PaliGemma2(keras.Model):
         # Else Keras 3.16 does it with jax, after it read a batch, which a generator gives once; and
         # with TensorFlow the first step, all of which is then traced twice.
         if self.optimizer is not None and not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
+            with _backend.strategy_scope(self):
+                self.optimizer.build(self.trainable_variables)
 
     def make_train_function(self, force=False):
         self._build_optimizer()
@@ -1358,6 +1359,12 @@ class PaliGemma2(keras.Model):
         if self.programs.graphs:
             self.programs.graphs.clear()  # training needs the memory
         return super().make_train_function(force)
+
+    def _maybe_symbolic_build(self, **options):
+        # Under a `tf.distribute` strategy Keras takes the mean of a batch over the replicas, which
+        # masks do not have, to build what is built here.
+        if self._compile_loss is not None:
+            super()._maybe_symbolic_build(**options)
 
     def _purge_model_variables(self, **kwargs):
         # With jax, Keras would take the values from the variables while it trains, and an error
@@ -1414,7 +1421,8 @@ class PaliGemma2(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if self._compile_loss is None:
-            return y_pred["loss"] + sum(self.losses)
+            num_examples = ops.sum(ops.cast(y_pred["num_tokens"] > 0, "float32"))
+            return _backend.share_of_replica(y_pred["loss"] + sum(self.losses), num_examples)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -1645,8 +1653,9 @@ class PaliGemma2(keras.Model):
         for variable in self.variables:
             if variable.trainable:
                 variable.trainable = False
-        for path, layer_options in options.items():
-            layers[path].enable_lora(**dataclasses.asdict(layer_options))
+        with _backend.strategy_scope(self):
+            for path, layer_options in options.items():
+                layers[path].enable_lora(**dataclasses.asdict(layer_options))
         self._renew_programs()
         self._report_trainable()
 
@@ -1788,8 +1797,9 @@ class PaliGemma2(keras.Model):
         scheme_of(mode, config)  # raises before anything is changed
         for path in matching:  # all, before one is changed
             layers[path].check_quantizable()
-        for path in matching:
-            layers[path].quantize(mode, config=config)
+        with _backend.strategy_scope(self):
+            for path in matching:
+                layers[path].quantize(mode, config=config)
         self._renew_programs()
 
     def _check_quantize_args(self, mode, compute_dtype):

@@ -939,6 +939,14 @@ def test_distribution():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(_backend.BACKEND != "tensorflow", reason="tf.distribute needs tensorflow")
+def test_mirrored_strategy():
+    """Two devices, each with all weights and half of the batch, learn what one device does."""
+    run = _run_script("mirrored_training.py")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch imitates the accelerator")
 def test_accelerator():
     """Nothing is left on the CPU that answering or training on an accelerator needs there."""
