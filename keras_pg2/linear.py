@@ -200,7 +200,7 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
                 "`quantize`, or leave LoRA unmerged."
             )
         merged = self.merged_kernel()
-        kernel = ops.convert_to_numpy(self._kernel)
+        kernel = _backend.to_numpy(self._kernel)
         self.unmerged_kernel = kernel.astype(self._kernel.dtype)  # a copy
         self._kernel.assign(merged)
         variables = (self.lora_kernel_a, self.lora_kernel_b)
@@ -210,11 +210,11 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
 
     def merged_kernel(self):
         """The kernel with LoRA in it, if there is any, as a NumPy array of the kernel's dtype."""
-        kernel = ops.convert_to_numpy(self._kernel)
+        kernel = _backend.to_numpy(self._kernel)
         if self.lora is None or self.is_merged:
             return kernel
         # NumPy: the products of accelerators in float32 may be coarser.
-        a, b = (ops.convert_to_numpy(v) for v in (self.lora_kernel_a, self.lora_kernel_b))
+        a, b = _backend.to_numpy((self.lora_kernel_a, self.lora_kernel_b))
         merged = kernel.astype("float32") + self.lora.scale * (a @ b)
         return merged.astype(self._kernel.dtype)
 

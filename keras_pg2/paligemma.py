@@ -271,7 +271,8 @@ class PaliGemma2(keras.Model):
         files = {id(matrix.codes): matrix.codes_in_file for matrix in self._int4_matrices()}
         merged = [layer for layer in self.lora_layers().values() if layer.is_merged]
         files |= {id(layer.kernel): layer.unmerged_kernel.copy for layer in merged}
-        return [files.get(id(v), v.numpy)() for v in self.weights]
+        values = (files.get(id(v), functools.partial(_backend.to_numpy, v)) for v in self.weights)
+        return [value() for value in values]
 
     def set_weights(self, weights):
         """Sets all variables to what `get_weights` gave. Merged LoRA is merged anew.

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -922,28 +923,42 @@ def test_bad_options(tokenizer, columns):
         model.fit(in_batches(columns), validation_split=0.5, verbose=0)
 
 
-def _run_script(name):
+def _start_script(name, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     script = os.path.join(os.path.dirname(__file__), name)
-    return subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def _check_scripts(*runs):
+    """Waits for all, and fails with what those that failed wrote."""
+    errors = [run.communicate()[1] for run in runs]
+    assert not any(run.returncode for run in runs), "\n".join(errors)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(_backend.BACKEND != "jax", reason="keras.distribution needs jax")
 def test_distribution():
     """Eight devices, weights and batch spread over them, learn what one device does."""
-    run = _run_script("distributed_training.py")
-    assert run.returncode == 0, run.stderr
+    _check_scripts(_start_script("distributed_training.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_backend.BACKEND != "jax", reason="keras.distribution needs jax")
+def test_processes():
+    """Two processes, as on several hosts, learn what one does; each writes all weights."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    name = "training_in_processes.py"
+    _check_scripts(_start_script(name, port, 0), _start_script(name, port, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(_backend.BACKEND != "tensorflow", reason="tf.distribute needs tensorflow")
 def test_mirrored_strategy():
     """Two devices, each with all weights and half of the batch, learn what one device does."""
-    run = _run_script("mirrored_training.py")
-    assert run.returncode == 0, run.stderr
+    _check_scripts(_start_script("mirrored_training.py"))
 
 
 @pytest.mark.slow
@@ -953,5 +968,4 @@ def test_accelerator():
     registration = pytest.importorskip("torch.utils.backend_registration")
     if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot imitate one")
-    run = _run_script("torch_accelerator.py")
-    assert run.returncode == 0, run.stderr
+    _check_scripts(_start_script("torch_accelerator.py"))
