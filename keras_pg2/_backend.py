@@ -47,7 +47,6 @@ _NUM_REFINED = 512  # logits of a row that are computed in float32, see `refined
 if BACKEND == "jax":
     import jax
     import jax.numpy as jnp
-    from jax.experimental import multihost_utils
     from jax.experimental.compilation_cache import compilation_cache as jax_cache
 elif BACKEND == "tensorflow":
     import tensorflow as tf
@@ -1380,18 +1379,22 @@ def to_tensors(arrays):
 
 
 def to_numpy(tensors):
-    """NumPy arrays of a nested structure of tensors or variables.
-
-    Of those that jax spreads over several processes, all these must call it.
-    """
+    """NumPy arrays of a nested structure of tensors or variables."""
     return keras.tree.map_structure(_to_numpy, tensors)
 
 
 def _to_numpy(x):
     x = x.value if isinstance(x, keras.Variable) else x
     if not (getattr(x, "is_fully_addressable", True) or x.is_fully_replicated):
-        x = multihost_utils.process_allgather(x, tiled=True)
+        x = _gathered(x)
     return ops.convert_to_numpy(x)
+
+
+def _gathered(array):
+    """A NumPy array of what jax spreads over several processes, all of which must call this."""
+    from jax.experimental import multihost_utils  # slow to import
+
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def remove_attribute(layer, name):
