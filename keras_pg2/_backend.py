@@ -50,6 +50,7 @@ if BACKEND == "jax":
     from jax.experimental.compilation_cache import compilation_cache as jax_cache
 elif BACKEND == "tensorflow":
     import tensorflow as tf
+    from tensorflow.python.framework import ops as tf_ops
 elif BACKEND == "torch":
     import torch
 
@@ -382,6 +383,22 @@ def share_of_replica(mean, count):
         return mean
     total = replica.all_reduce(tf.distribute.ReduceOp.SUM, count)
     return mean * count / ops.maximum(total, 1)
+
+
+@contextlib.contextmanager
+def forgets_own_gradients():
+    """A context for tracing a whole step, whose gradients are taken in it.
+
+    tensorflow keeps each function with a gradient of its own for good, such as Keras' sum over
+    replicas, and by its graph all variables of the model. It needs that outside of the step alone.
+    """
+    known = getattr(tf_ops.gradient_registry, "_registry", {}) if BACKEND == "tensorflow" else {}
+    before = set(known)
+    try:
+        yield
+    finally:
+        for name in set(known) - before:
+            known.pop(name, None)
 
 
 def unshare(variables):
@@ -944,7 +961,8 @@ def with_gradients(function):
 
 def needs_gradients(*tensors):
     """Whether gradients of the tensors, or of what made them, may be asked for."""
-    return torch.is_grad_enabled() if BACKEND == "torch" else not _is_eager(tensors)
+    is_for_values = in_program() or _is_eager(tensors)
+    return torch.is_grad_enabled() if BACKEND == "torch" else not is_for_values
 
 
 def _is_eager(tensors):

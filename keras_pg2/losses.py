@@ -149,5 +149,9 @@ def token_losses(
         gradients = (state.get("hidden_gradient"), None, None, state.get("embeddings_gradient"))
         return loss, (state["losses"], state["hits"]), (*gradients, None)[: 3 + len(matrix)]
 
-    loss, (losses, hits) = _backend.with_gradients(all_losses)(hidden, targets, weights, *matrix)
+    tensors = (hidden, targets, weights, *matrix)
+    if is_differentiable:
+        loss, (losses, hits) = _backend.with_gradients(all_losses)(*tensors)
+    else:
+        loss, (losses, hits), _ = all_losses(*tensors)
     return loss, losses[:, :length], hits[:, :length]

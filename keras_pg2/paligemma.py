@@ -1353,6 +1353,18 @@ class PaliGemma2(keras.Model):
             with _backend.strategy_scope(self):
                 self.optimizer.build(self.trainable_variables)
 
+    def train_step(self, *args):
+        with _backend.forgets_own_gradients():
+            return super().train_step(*args)
+
+    def test_step(self, *args):
+        with _backend.forgets_own_gradients():
+            return super().test_step(*args)
+
+    def predict_step(self, *args):
+        with _backend.forgets_own_gradients():
+            return super().predict_step(*args)
+
     def make_train_function(self, force=False):
         self._build_optimizer()
         if self.optimizer is not None:

@@ -190,7 +190,7 @@ class QuantizedMatrix(keras.layers.Layer):
         Returns:
             float (..., R).
         """
-        if not _backend.needs_gradients(x):
+        if not _backend.needs_gradients(x):  # else tensorflow would keep the function, and codes
             return self._multiply(x, self.codes.value, self.scales.value, in_float32)
 
         @ops.custom_gradient  # keeps codes for the gradient, not the decoded matrix

@@ -1,8 +1,10 @@
+import gc
 import os
 import socket
 import subprocess
 import sys
 import threading
+import weakref
 
 import keras
 import numpy as np
@@ -921,6 +923,38 @@ def test_bad_options(tokenizer, columns):
         model.fit(columns, callbacks=keras.callbacks.CallbackList(), verbose=0)
     with pytest.raises(ValueError, match="long enough to split"):
         model.fit(in_batches(columns), validation_split=0.5, verbose=0)
+
+
+@pytest.mark.parametrize("mode", [None, "int4"])
+def test_nothing_holds_a_model_that_is_gone(tokenizer, columns, mode):
+    """Not even its memory with tensorflow, whose gradient functions hold traces of variables."""
+
+    def use():
+        model = micro_model(tokenizer)
+        if mode:
+            model.quantize(mode)
+        model.enable_lora(2)
+        model.compile(keras.optimizers.SGD(0.1))
+        model.fit(columns, batch_size=5, verbose=0)
+        model.evaluate(columns, batch_size=5, verbose=0)
+        model.score(columns["images"][0], "ocr", ["cat"])
+        model.generate(columns["images"][:2], "ocr", max_new_tokens=2)
+        model.predict(next(iter(read(columns, tokenizer, batch_size=2))), verbose=0)
+        return [weakref.ref(variable) for variable in model.variables]
+
+    def num_registered():
+        if _backend.BACKEND != "tensorflow":
+            return 0
+        from tensorflow.python.framework import ops as tf_ops
+
+        return len(tf_ops.gradient_registry.list())
+
+    before = num_registered()
+    variables = use()
+    gc.collect()
+    gc.collect()  # what the first freed may hold more
+    assert all(variable() is None for variable in variables)
+    assert num_registered() == before
 
 
 def _start_script(name, *arguments):
