@@ -33,7 +33,7 @@ def draw(image, detections, font=None):
     is room. A small image is enlarged by a whole factor first.
 
     Args:
-        image: a path, a PIL image or an array, see `PaliGemma2.generate`.
+        image: an image, see `PaliGemma2.generate`.
         detections: Detections, as `PaliGemma2.detect` and `segment` return them.
         font: path of a TrueType font for the labels, or None for Pillow's own. That has few letters
             but Western European ones; where it lacks one, an installed font that has them all is

@@ -720,10 +720,10 @@ class PaliGemma2(keras.Model):
         """Completes prompts about images.
 
         Args:
-            images: an image (a path, a PIL image, or an array of uint8 in [0, 255] or float
-                in [0, 1]), a list of images, or a list of lists for several images per
-                prompt. What `encode` returns counts as an image. Or a dict with "images",
-                "prompts" and "responses"; or one with "images" in [-1, 1], "token_ids",
+            images: an image (a path, the bytes of an image file, a PIL image, or an array of uint8
+                in [0, 255] or float in [0, 1]), a list of images, or a list of lists for several
+                images per prompt. What `encode` returns counts as an image. Or a dict with
+                "images", "prompts" and "responses"; or one with "images" in [-1, 1], "token_ids",
                 "padding_mask" and "suffix_mask", see `call`.
             prompts: str, or list of str. One prompt goes with all images, one image with all
                 prompts; it is encoded once then.

@@ -3,6 +3,7 @@
 import collections.abc
 import concurrent.futures
 import functools
+import io
 import math
 import os
 import struct
@@ -39,7 +40,10 @@ _UPRIGHT = {
 }
 # Threads that prepare batches may meet in one PIL image, which not even reading leaves as it is.
 _LOCKS = [threading.Lock() for _ in range(64)]
-_IMAGE_TYPES = "a path, a PIL image, or an array: uint8 in [0, 255] or float in [0, 1]"
+_IMAGE_TYPES = (
+    "a path, the bytes of an image file, a PIL image, or an array: uint8 in [0, 255] or float in "
+    "[0, 1]"
+)
 
 
 class Preprocessor:
@@ -90,9 +94,10 @@ class Preprocessor:
         """One image to levels in [-1, 1].
 
         Args:
-            image: a path; a PIL image of any mode (EXIF orientation is applied, alpha dropped,
-                mode "F" read as levels in [0, 255]); or an array (H, W), (H, W, 1), (H, W, 3)
-                or (H, W, 4) of uint8 in [0, 255] or float in [0, 1].
+            image: a path; the bytes of an image file, or a file object with them; a PIL image of
+                any mode (EXIF orientation is applied, alpha dropped, mode "F" read as levels in
+                [0, 255]); or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 in
+                [0, 255] or float in [0, 1].
 
         Returns:
             float32 NumPy array (I, I, 3).
@@ -345,7 +350,7 @@ def _images_of(item):
 def _items(column):
     """A list of what a column of any kind holds; a single item or an array of images stays."""
     column = _text(column)
-    is_single = isinstance(column, (str, os.PathLike, Image.Image, collections.abc.Mapping))
+    is_single = isinstance(column, (str, bytes, os.PathLike, Image.Image, collections.abc.Mapping))
     is_column = len(getattr(column, "shape", (0,))) == 1
     if is_single or not is_column or not isinstance(column, collections.abc.Iterable):
         return column
@@ -353,10 +358,16 @@ def _items(column):
 
 
 def _text(item):
-    """A str, from bytes or a scalar array or tensor of them; other items are left alone."""
+    """A str, from bytes or a scalar array or tensor of them; bytes from a file; others stay."""
     if hasattr(item, "__array__") and getattr(item, "shape", None) == ():
         item = np.asarray(item).item()
-    return item.decode() if isinstance(item, bytes) else item
+    if hasattr(item, "read") and hasattr(item, "seek"):
+        item.seek(0)
+        return item.read()
+    try:
+        return item.decode() if isinstance(item, bytes) and b"\0" not in item else item
+    except UnicodeDecodeError:
+        return item  # an image file
 
 
 def _is_array(image):
@@ -385,9 +396,10 @@ def image_size(image):
         FileNotFoundError: if there is no such file.
         ValueError: if it is no image, or damaged.
     """
-    if isinstance(image, (str, os.PathLike)):
+    image = _text(image)
+    if isinstance(image, (str, bytes, os.PathLike)):
         with _opened(image) as opened:
-            return _pil_size(opened, repr(os.fspath(image)))
+            return _pil_size(opened, _name(image))
     if isinstance(image, Image.Image):
         return _pil_size(image, "the PIL image")
     if _is_array(image) and len(image.shape) in (2, 3):
@@ -472,9 +484,10 @@ def _read(image):
 
     Levels are uint8 or float32 (H, W, 3).
     """
-    if isinstance(image, (str, os.PathLike)):
+    image = _text(image)
+    if isinstance(image, (str, bytes, os.PathLike)):
         with _opened(image) as opened:
-            return _upright(opened, repr(os.fspath(image)))
+            return _upright(opened, _name(image))
     if isinstance(image, Image.Image):
         return _upright(image, "the PIL image")
     if not _is_array(image):
@@ -508,26 +521,32 @@ def _read(image):
     return np.repeat(levels, 3, axis=-1) if image.shape[-1] == 1 else levels[..., :3]
 
 
-def _opened(path):
-    path = os.path.expanduser(os.fspath(path))
-    if not os.path.isfile(path):
-        name = "image file, but a folder" if os.path.isdir(path) else "such image file"
-        is_address = str(path).startswith(("http://", "https://"))
-        hint = ". Addresses are not fetched: download the image first" if is_address else ""
-        raise FileNotFoundError(f"No {name}: {path!r}{hint}")
+def _opened(file):
+    """A path, or the bytes of a file, as a PIL image whose pixels are not read yet."""
+    if not isinstance(file, bytes):
+        file = os.path.expanduser(os.fspath(file))
+        if not os.path.isfile(file):
+            kind = "image file, but a folder" if os.path.isdir(file) else "such image file"
+            is_address = file.startswith(("http://", "https://"))
+            hint = ". Addresses are not fetched: download the image first" if is_address else ""
+            raise FileNotFoundError(f"No {kind}: {file!r}{hint}")
     try:
-        return Image.open(path)
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
     except PermissionError:
         raise
     except _DAMAGE as error:
         raise ValueError(
-            f"The file {path!r} is no image that Pillow can read, or is damaged."
+            f"The file {_name(file)} is no image that Pillow can read, or is damaged."
         ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"The image {path!r} is too large to be safe: {error} Make it smaller first, or, "
+            f"The image {_name(file)} is too large to be safe: {error} Make it smaller first, or, "
             "if you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
         ) from error
+
+
+def _name(file):
+    return f"of {len(file):,} bytes" if isinstance(file, bytes) else repr(os.fspath(file))
 
 
 def _orientation(image):

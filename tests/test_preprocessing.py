@@ -155,13 +155,36 @@ def test_images_are_read_in_threads(preprocessor, image, monkeypatch):
     np.testing.assert_array_equal(images[1, 1], load_image(preprocessor, image[::-1]))
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+def test_bytes_of_a_file(preprocessor, image, tmp_path, format):
+    """As the file: by themselves, in a file object, in a list, and in an array as of `tf.data`."""
+    path = tmp_path / "image"
+    Image.fromarray(image).save(path, format)
+    content, expected = path.read_bytes(), preprocessor.load_image(path)
+    with open(path, "rb") as opened:
+        for file in (content, io.BytesIO(content), opened, opened, np.array(content, object)):
+            np.testing.assert_array_equal(preprocessor.load_image(file), expected)
+            assert image_size(file) == image_size(path)
+            images, _, _, is_single = batch_examples(file, "ocr")
+            assert is_single
+            assert images == [[content]]
+    for files in ([content] * 2, np.array([content] * 2, object)):
+        images, *_ = batch_examples(files, "ocr")
+        assert images == [[content]] * 2
+    assert batch_examples(str(path).encode(), "ocr")[0] == [[str(path)]]
+
+
 # Bad images
 
 
-def test_bytes_are_no_image(preprocessor):
-    with pytest.raises(ValueError, match="must be a path") as error:
+def test_bytes_that_are_no_image(preprocessor, image):
+    with pytest.raises(ValueError, match="of 10,000 bytes is no image") as error:
         preprocessor.load_image(bytes(10_000))
     assert len(str(error.value)) < 300
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="image of 500 bytes is damaged"):
+        preprocessor.load_image(buffer.getvalue()[:500])
 
 
 def test_missing_file(preprocessor, tmp_path):
