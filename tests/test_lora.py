@@ -875,12 +875,22 @@ def test_an_adapter_under_the_home_folder(tmp_path, monkeypatch, batch):
         model.save_adapter("hf://me/adapter")
 
 
-@pytest.mark.parametrize("patterns", [{"(": 4}, ["query"]])
-def test_damaged_patterns(folder, model, patterns):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_pattern": {"(": 4}}, "`alpha_pattern` is damaged"),
+        ({"alpha_pattern": ["query"]}, "`alpha_pattern` is damaged"),
+        ({"lora_alpha": "four"}, "alpha='four'"),
+        ({"lora_alpha": None, "use_rslora": True}, "NoneType"),
+        ({"lora_dropout": 2}, "dropout=2"),
+    ],
+)
+def test_bad_fields_of_a_config(folder, model, changes, message):
     config = json.loads((folder / adapters.CONFIG_FILE).read_text())
-    (folder / adapters.CONFIG_FILE).write_text(json.dumps({**config, "alpha_pattern": patterns}))
-    with pytest.raises(ValueError, match="`alpha_pattern` is damaged"):
+    (folder / adapters.CONFIG_FILE).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=f"{adapters.CONFIG_FILE}' has a bad field: .*{message}"):
         model.load_adapter(folder)
+    assert not model.lora_layers()
 
 
 def test_load_adapter_when_lora_is_enabled(data, batch):

@@ -111,7 +111,8 @@ def load_adapter(model, folder):
             the model, which is unchanged then.
     """
     folder = os.path.expanduser(folder)
-    config = _read_config(os.path.join(folder, CONFIG_FILE))
+    config_path = os.path.join(folder, CONFIG_FILE)
+    config = _read_config(config_path)
     tensors, raw_names = _read_tensors(os.path.join(folder, TENSOR_FILE))
     kernels = _kernel_specs(model.config)
     modules = {_module_name(spec): path for path, spec in kernels.items()}
@@ -126,7 +127,10 @@ def load_adapter(model, folder):
         if len(found) < 2:
             continue
         rank = len(np.atleast_1d(tensors[pair[0]]))
-        options[path] = _options(config, raw_names[pair[0]], rank)
+        try:
+            options[path] = _options(config, raw_names[pair[0]], rank)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The file {config_path!r} has a bad field: {error}") from error
         values[path] = []
         for spec in _lora_specs(kernels[path], rank):
             array = tensors[spec.name]
@@ -312,7 +316,7 @@ def _options(config, module, rank):
                 alpha = value
                 break
     except (AttributeError, re.error) as error:
-        raise ValueError(f"The adapter's `alpha_pattern` is damaged: {error}") from error
+        raise ValueError(f"`alpha_pattern` is damaged: {error}") from error
     if config.get("use_rslora"):  # scales by alpha / √rank
         alpha = alpha * rank**0.5
     return LoraOptions(rank, alpha, config.get("lora_dropout", 0.0))
