@@ -373,6 +373,11 @@ def strategy_scope(model):
     return contextlib.nullcontext()
 
 
+def num_replicas(model):
+    """How many copies of a model `tf.distribute` trains together."""
+    return model.distribute_strategy.num_replicas_in_sync if BACKEND == "tensorflow" else 1
+
+
 def share_of_replica(mean, count):
     """What a replica's mean over `count` examples adds to that over all, with `tf.distribute`.
 

@@ -1562,6 +1562,12 @@ class PaliGemma2(keras.Model):
                 f"{' or '.join(low)}, where beta_2 rounds to 1. Train with "
                 "dtype='mixed_bfloat16' (float32 weights), with LoRA, or with SGD."
             )
+        if getattr(optimizer, "gradient_accumulation_steps", 0) and _backend.num_replicas(self) > 1:
+            raise ValueError(
+                "Keras' `gradient_accumulation_steps` does not work with several replicas of "
+                "`tf.distribute`. Leave it out, and pass a larger `batch_size`, of which each "
+                f"replica takes a part. Received: {optimizer.gradient_accumulation_steps}"
+            )
         if optimizer is not None and optimizer.built:
             known = optimizer._trainable_variables
             if {id(v) for v in known} != {id(v) for v in self.trainable_variables}:

@@ -524,7 +524,7 @@ def _read(image):
 def _opened(file):
     """A path, or the bytes of a file, as a PIL image whose pixels are not read yet."""
     if not isinstance(file, bytes):
-        file = os.path.expanduser(os.fspath(file))
+        file = os.path.expanduser(os.fsdecode(file))
         if not os.path.isfile(file):
             kind = "image file, but a folder" if os.path.isdir(file) else "such image file"
             is_address = file.startswith(("http://", "https://"))

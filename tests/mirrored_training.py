@@ -10,10 +10,21 @@ os.environ.update(KERAS_BACKEND="tensorflow")
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import keras_pg2
 from keras_pg2.config import GemmaConfig, SiglipConfig
+
+
+def examples():
+    rng = np.random.default_rng(0)
+    return {
+        "images": rng.uniform(-1, 1, (9, 28, 28, 3)).astype("float32"),
+        "token_ids": rng.integers(3, 64, (9, 12)).astype("int32"),
+        "padding_mask": np.ones((9, 12), bool),
+        "suffix_mask": np.arange(12) > rng.integers(4, 8, (9, 1)),
+    }
 
 
 def train(config, strategy, mode):
@@ -27,13 +38,7 @@ def train(config, strategy, mode):
     model.enable_lora(2)
     with scope():
         model.compile(keras.optimizers.SGD(5.0))
-    rng = np.random.default_rng(0)
-    data = {
-        "images": rng.uniform(-1, 1, (9, 28, 28, 3)).astype("float32"),
-        "token_ids": rng.integers(3, 64, (9, 12)).astype("int32"),
-        "padding_mask": np.ones((9, 12), bool),
-        "suffix_mask": np.arange(12) > rng.integers(4, 8, (9, 1)),
-    }
+    data = examples()
     # The last batch has one example, so that one device has none that counts.
     history = model.fit(data, validation_data=data, batch_size=4, epochs=2, verbose=0).history
     prompt = {name: data[name][:2] for name in ("images", "token_ids")}
@@ -59,6 +64,11 @@ def main():
         for found, wanted in zip(train(config, strategy, mode), expected):
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
         assert expected[0][1] < expected[0][0]
+    with strategy.scope():
+        model = keras_pg2.PaliGemma2(config)
+        model.compile(keras.optimizers.SGD(gradient_accumulation_steps=2))
+    with pytest.raises(ValueError, match="does not work with several replicas .* Received: 2$"):
+        model.fit(examples())
 
 
 if __name__ == "__main__":
