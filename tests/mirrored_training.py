@@ -67,7 +67,7 @@ def main():
     with strategy.scope():
         model = keras_pg2.PaliGemma2(config)
         model.compile(keras.optimizers.SGD(gradient_accumulation_steps=2))
-    with pytest.raises(ValueError, match="does not work with several replicas .* Received: 2$"):
+    with pytest.raises(ValueError, match=r"does not work with several replicas .* Received: 2$"):
         model.fit(examples())
 
 
