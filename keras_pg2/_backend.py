@@ -1517,7 +1517,12 @@ def is_compiled_for_cuda(x):
 
 def has_few_rows(x, limit=_MAX_FEW_ROWS):
     """Whether the rows of `x`, float (..., C), are known to be no more than `limit`."""
-    return None not in x.shape and math.prod(x.shape[:-1]) <= limit
+    return has_known_shape(x) and math.prod(x.shape[:-1]) <= limit
+
+
+def has_known_shape(x):
+    """Whether all lengths are numbers; those of tensorflow may be None, those of jax symbols."""
+    return all(isinstance(length, int) for length in x.shape)
 
 
 def by_platform(functions, default, *args):
@@ -1643,10 +1648,10 @@ def tile_int4(codes, tile):
 def unpack_int4(codes, tile=None):
     """Codes 0 … 15, uint8 (R, C), of bytes (C / 2 / G, R, G) before or after `tile_int4`."""
     num_groups, num_rows, group_size = codes.shape
+    num_columns = 2 * num_groups * group_size
     if tile is None:
         values = ops.transpose(ops.stack(halves_of_int4(codes)), (2, 0, 1, 3))
-        return ops.reshape(values, (num_rows, -1))
-    num_columns = 2 * num_groups * group_size
+        return ops.reshape(values, (-1, num_columns))
     if torch.is_tensor(tile):
         tiles = _half_bytes(codes.reshape(num_rows // 8, -1, 4 * _INT4_COLUMNS))
         return tiles[..., tile].transpose(1, 2).reshape(num_rows, num_columns)
@@ -1704,7 +1709,8 @@ def take_int4(codes, rows, tile):
     Returns:
         uint8 (..., C), 0 … 15.
     """
-    shape = (*rows.shape, -1)
+    num_columns = 2 * codes.shape[0] * codes.shape[2]
+    shape = (*ops.shape(rows), num_columns)
     if tile is None:
         return ops.reshape(unpack_int4(take_in_groups(codes, ops.reshape(rows, -1))), shape)
     if torch.is_tensor(tile):
@@ -1713,7 +1719,6 @@ def take_int4(codes, rows, tile):
         places = tile[rows % 8][..., None, :]
         found = tiles[(rows // 8)[..., None, None], columns, places // 2]
         return (found >> (4 * (places % 2)).to(torch.uint8) & 15).reshape(shape)
-    num_columns = 2 * codes.shape[0] * codes.shape[2]
     tiles = codes.view(-1, num_columns, tile // 2)
     row = rows % tile
     found = tiles[rows // tile, :, row % (tile // 2)]

@@ -444,6 +444,34 @@ class PaliGemma2(keras.Model):
             save(new + ending, **options)
             os.replace(new + ending, new)
 
+    def export(
+        self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs
+    ):
+        """As `keras.Model.export`: writes the program from inputs to logits, for serving.
+
+        Args:
+            filepath: path.
+            format, verbose: see `keras.Model.export`.
+            input_signature: see `keras.Model.export`. By default a list of one dict: "images" with
+                one image for each example, and texts of the preprocessor's `sequence_length`, or
+                128 tokens without one, padded. Of any number of examples, or of one with torch,
+                from which Keras exports fixed shapes alone.
+            **kwargs: see `keras.Model.export`.
+        """
+        if input_signature is None:
+            size = self.config.vision.image_size
+            length = self.preprocessor.sequence_length if self.preprocessor else 128
+            num_examples = 1 if _backend.BACKEND == "torch" else None
+            shapes = {"images": ((size, size, 3), "float32"), "token_ids": ((length,), "int32")}
+            shapes |= dict.fromkeys(("padding_mask", "suffix_mask"), ((length,), "bool"))
+            input_signature = [
+                {
+                    name: keras.InputSpec(shape=(num_examples, *shape), dtype=dtype, name=name)
+                    for name, (shape, dtype) in shapes.items()
+                }
+            ]
+        super().export(filepath, format, verbose, input_signature, **kwargs)
+
     def _save(self, path, format, dtype=None, overwrite=False):
         presets.save_checkpoint(
             path,

@@ -253,7 +253,7 @@ class QuantizedMatrix(keras.layers.Layer):
         else:
             codes = _backend.take_int4(self.codes.value, rows, self._tile)
             scales = _backend.take_in_groups(self.scales.value, ops.reshape(rows, -1))
-            scales = ops.reshape(scales, (-1, *rows.shape, 2))
+            scales = ops.reshape(scales, (scales.shape[0], *ops.shape(rows), 2))
         return self._decode(codes, scales, "float32")
 
     def values(self, dtype):
@@ -295,7 +295,7 @@ class QuantizedMatrix(keras.layers.Layer):
             return self._multiply_decoded(x, codes, scales, in_float32)
         multiply = self._multiply_int4 if self.mode == "int4" else self._multiply_decoded
         multiply = functools.partial(multiply, in_float32=in_float32)
-        if None in x.shape:
+        if not _backend.has_known_shape(x):
             return multiply(x, codes, scales)
         functions = {
             "cpu": functools.partial(self._multiply_on_cpu, in_float32=in_float32),

@@ -595,3 +595,53 @@ def test_lora_on_a_quantized_model(mode, image):
     for path, value in before.items():
         np.testing.assert_array_equal(_numpy(model.variables_by_path()[path]), value, err_msg=path)
     assert model.answer(image, "what?") == "no"
+
+
+def _micro_model():
+    vision = keras_pg2.SiglipConfig(width=12, depth=1, mlp_dim=20, num_heads=3, image_size=28)
+    text = dict(width=16, depth=2, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=6)
+    text = keras_pg2.GemmaConfig(**text, query_pre_attn_scalar=6, vocab_size=50)
+    return keras_pg2.PaliGemma2(keras_pg2.PaliGemmaConfig(vision, text), dtype="float32")
+
+
+def _tokenized(count, length):
+    rng = np.random.default_rng(0)
+    mask = np.ones((count, length), bool)
+    return {
+        "images": rng.uniform(-1, 1, (count, 28, 28, 3)).astype("float32"),
+        "token_ids": rng.integers(3, 50, (count, length)).astype("int32"),
+        "padding_mask": mask,
+        "suffix_mask": mask & (np.arange(length) > 4),
+    }
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_predict_with_a_smaller_last_batch(mode):
+    """After it TensorFlow no longer knows the length of a batch."""
+    model, inputs = _micro_model(), _tokenized(5, 8)
+    model.quantize(mode)
+    logits = model.predict(inputs, batch_size=2, verbose=0)
+    np.testing.assert_allclose(logits, _numpy(model(inputs)), atol=1e-5)
+
+
+@pytest.mark.slow_if_compiled
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_export(tmp_path, mode):
+    """What is exported without a signature takes any number of examples, with torch one."""
+    model, inputs = _micro_model(), _tokenized(3, 128)
+    if mode:
+        model.quantize(mode)
+    if _backend.BACKEND == "torch":
+        import torch
+
+        inputs = {name: array[:1] for name, array in inputs.items()}
+        model.export(tmp_path / "model.pt2", format="torch", verbose=False)
+        exported = torch.export.load(tmp_path / "model.pt2").module()
+        logits = exported({name: torch.as_tensor(array) for name, array in inputs.items()})
+        logits = logits.detach()
+    else:
+        tf = pytest.importorskip("tensorflow")
+        model.export(tmp_path / "model", verbose=False)
+        exported = tf.saved_model.load(tmp_path / "model")
+        logits = exported.serve({name: tf.constant(array) for name, array in inputs.items()})
+    np.testing.assert_allclose(logits, _numpy(model(inputs)), atol=1e-4)
