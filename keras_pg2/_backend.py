@@ -1517,12 +1517,7 @@ def is_compiled_for_cuda(x):
 
 def has_few_rows(x, limit=_MAX_FEW_ROWS):
     """Whether the rows of `x`, float (..., C), are known to be no more than `limit`."""
-    return has_known_shape(x) and math.prod(x.shape[:-1]) <= limit
-
-
-def has_known_shape(x):
-    """Whether all lengths are numbers; those of tensorflow may be None, those of jax symbols."""
-    return all(isinstance(length, int) for length in x.shape)
+    return all(isinstance(n, int) for n in x.shape) and math.prod(x.shape[:-1]) <= limit
 
 
 def by_platform(functions, default, *args):

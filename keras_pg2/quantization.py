@@ -295,7 +295,7 @@ class QuantizedMatrix(keras.layers.Layer):
             return self._multiply_decoded(x, codes, scales, in_float32)
         multiply = self._multiply_int4 if self.mode == "int4" else self._multiply_decoded
         multiply = functools.partial(multiply, in_float32=in_float32)
-        if not _backend.has_known_shape(x):
+        if not all(isinstance(length, int) for length in x.shape):  # but None, or a symbol of jax
             return multiply(x, codes, scales)
         functions = {
             "cpu": functools.partial(self._multiply_on_cpu, in_float32=in_float32),
