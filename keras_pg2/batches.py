@@ -1,8 +1,8 @@
 """Raw data in any form to the batches that `fit`, `evaluate` and `predict` read.
 
-Data is a sequence of examples, a dict of columns, or an iterable of either examples or batches
-(`keras.utils.PyDataset`, `tf.data.Dataset`, torch `DataLoader`, grain, a generator). An example is
-a dict with "image" or "images", "prefix" or "prompt", and "suffix" or "response"; a batch is a dict
+Data is a sequence of examples, a dict or data frame of columns, or an iterable of either examples
+or batches (`keras.utils.PyDataset`, `tf.data.Dataset`, torch `DataLoader`, grain, a generator). An
+example is a dict with "image" or "images", "prefix" or "prompt", and "suffix" or "response"; a batch is a dict
 with lists of them, or of arrays that are tokenized already, or a list of examples.
 
 In a dict of columns, or a batch passed by itself, a str prompt goes with all images. An item of an
@@ -38,7 +38,7 @@ _FORMS = (
 
 def is_readable(data):
     """Whether `Batches` reads the data, so that it need not be left to Keras."""
-    if isinstance(data, (Batches, dict)):
+    if isinstance(data, (Batches, dict)) or _is_frame(data):
         return True
     if isinstance(data, tuple):  # of examples or batches, not Keras' (x, y)
         return all(isinstance(item, collections.abc.Mapping) for item in data)
@@ -78,7 +78,8 @@ class Batches(data_adapter.DataAdapter):
         self._seed = rng_utils.get_random_seed() or 0  # here, since Keras has one for each thread
         self._num_cut = self._num_seen = 0
         self._has_warned = False
-        self._data = _Columns(data) if isinstance(data, dict) else data
+        is_columns = isinstance(data, dict) or _is_frame(data)
+        self._data = _Columns(data) if is_columns else data
         length = _length(self._data)
         is_indexed = length is not None and hasattr(self._data, "__getitem__")
         iterator = map(self._data.__getitem__, range(length)) if is_indexed else iter(self._data)
@@ -429,6 +430,8 @@ class _Columns(collections.abc.Sequence):
     """Columns as a sequence of examples."""
 
     def __init__(self, columns):
+        if _is_frame(columns):
+            columns = {name: list(columns[name]) for name in columns.columns}
         columns = dict(columns)
         if "token_ids" not in columns:  # by names of examples, since images are in lists then
             columns = _named(("image", "prompt", "response"), columns_of(columns))
@@ -455,6 +458,11 @@ class _Part(collections.abc.Sequence):
 
     def __getitem__(self, index):
         return self._examples[self._indices[index]]
+
+
+def _is_frame(data):
+    """Whether data is a data frame, of pandas or polars."""
+    return hasattr(data, "columns") and hasattr(data, "to_dict") and hasattr(data, "__getitem__")
 
 
 def _unwrap(item):

@@ -26,6 +26,7 @@ from keras_pg2.preprocessing import (
     batch_examples,
     checked_preprocessor,
     image_size,
+    is_stored_image,
 )
 from keras_pg2.quantization import QuantizedMatrix, scheme_of, scheme_of_preset, unlocked
 from keras_pg2.segmentation import SegmentationCodec
@@ -1253,8 +1254,9 @@ class PaliGemma2(keras.Model):
 
         Args:
             x: a sequence of examples, such as `keras_pg2.data.jsonl(...)`, each a dict with
-                "image", "prefix" and "suffix"; a dict of columns "images", "prompts" and
-                "responses"; or an iterable of such examples or batches: `keras.utils.PyDataset`,
+                "image", "prefix" and "suffix", or a data set of Hugging Face's `datasets`; a dict
+                of columns "images", "prompts" and "responses", or a data frame with them (pandas,
+                polars); or an iterable of such examples or batches: `keras.utils.PyDataset`,
                 `tf.data.Dataset`, torch `DataLoader`, grain, a generator. A str in "prompts" goes
                 with all of a list of images; in "prefix" or "prompt" of an item it makes one
                 example with several images. Tokenized data has "images", "token_ids",
@@ -2128,7 +2130,7 @@ def _starts(grammar, count):
 
 def _as_examples(images, prompts, responses):
     """A dict of token ids and images, or what `batch_examples` returns."""
-    if isinstance(images, dict):
+    if isinstance(images, dict) and not is_stored_image(images):
         if prompts is not None or responses is not None:
             raise ValueError("Pass either a dict, or images and prompts, not both.")
         if "token_ids" in images:

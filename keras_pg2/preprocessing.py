@@ -40,6 +40,7 @@ _UPRIGHT = {
 }
 # Threads that prepare batches may meet in one PIL image, which not even reading leaves as it is.
 _LOCKS = [threading.Lock() for _ in range(64)]
+_CHANNELS = (1, 3, 4)
 _IMAGE_TYPES = (
     "a path, the bytes of an image file, a PIL image, or an array: uint8 in [0, 255] or float in "
     "[0, 1]"
@@ -94,10 +95,11 @@ class Preprocessor:
         """One image to levels in [-1, 1].
 
         Args:
-            image: a path; the bytes of an image file, or a file object with them; a PIL image of
-                any mode (EXIF orientation is applied, alpha dropped, mode "F" read as levels in
-                [0, 255]); or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 in
-                [0, 255] or float in [0, 1].
+            image: a path; the bytes of an image file, or a file object with them; a dict with
+                "bytes" and "path", as Hugging Face's data sets store images; a PIL image of any
+                mode (EXIF orientation is applied, alpha dropped, mode "F" read as levels in
+                [0, 255]); or an array or tensor (H, W), (H, W, C) or (C, H, W), C of 1, 3 or 4,
+                of uint8 in [0, 255] or float in [0, 1].
 
         Returns:
             float32 NumPy array (I, I, 3).
@@ -358,16 +360,33 @@ def _items(column):
 
 
 def _text(item):
-    """A str, from bytes or a scalar array or tensor of them; bytes from a file; others stay."""
+    """A str, from bytes or a scalar array or tensor of them; others stay, but see `_file_of`."""
     if hasattr(item, "__array__") and getattr(item, "shape", None) == ():
         item = np.asarray(item).item()
-    if hasattr(item, "read") and hasattr(item, "seek"):
-        item.seek(0)
-        return item.read()
+    if isinstance(item, collections.abc.Mapping) or hasattr(item, "read"):
+        item = _file_of(item)
     try:
         return item.decode() if isinstance(item, bytes) and b"\0" not in item else item
     except UnicodeDecodeError:
         return item  # an image file
+
+
+def _file_of(item):
+    """The bytes of a file object; bytes or path of an image as data sets of Hugging Face have it.
+
+    Others stay.
+    """
+    if is_stored_image(item):
+        return item["path"] if item["bytes"] is None else item["bytes"]
+    if hasattr(item, "seek"):
+        item.seek(0)
+        return item.read()
+    return item
+
+
+def is_stored_image(item):
+    """Whether an item is an image of a data set or a Parquet file of Hugging Face, not decoded."""
+    return isinstance(item, collections.abc.Mapping) and {"bytes", "path"} <= set(item)
 
 
 def _is_array(image):
@@ -403,7 +422,8 @@ def image_size(image):
     if isinstance(image, Image.Image):
         return _pil_size(image, "the PIL image")
     if _is_array(image) and len(image.shape) in (2, 3):
-        return image.shape[1], image.shape[0]
+        axis = int(_is_channels_first(image.shape))
+        return image.shape[axis + 1], image.shape[axis]
     if hasattr(image, "width") and hasattr(image, "height"):
         return image.width, image.height
     raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r:.80}")
@@ -494,13 +514,8 @@ def _read(image):
         raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r:.80}")
     image = _to_numpy(image)
     received = f"Received: an array of shape {image.shape} and dtype {image.dtype}"
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            "An array in `images` must be (height, width) or (height, width, channels) with "
-            f"1, 3 or 4 channels. {received}"
-        )
+    if image.ndim != 3 or image.shape[-1] not in _CHANNELS:
+        image = _channels_last(image)
     if 0 in image.shape:
         raise ValueError(f"An image must have at least one pixel. {received}")
     if image.dtype == np.uint8:
@@ -519,6 +534,23 @@ def _read(image):
     else:
         raise ValueError(f"`images` must be {_IMAGE_TYPES}. {received}")
     return np.repeat(levels, 3, axis=-1) if image.shape[-1] == 1 else levels[..., :3]
+
+
+def _channels_last(array):
+    """An array of another layout than (H, W, C) to that."""
+    if array.ndim == 2:
+        return array[..., None]
+    if _is_channels_first(array.shape):
+        return np.moveaxis(array, 0, -1)
+    raise ValueError(
+        "An array in `images` must be (height, width), (height, width, channels) or (channels, "
+        "height, width), with 1, 3 or 4 channels. Received: an array of shape "
+        f"{array.shape} and dtype {array.dtype}"
+    )
+
+
+def _is_channels_first(shape):
+    return len(shape) == 3 and shape[0] in _CHANNELS and shape[2] not in _CHANNELS
 
 
 def _opened(file):

@@ -1,4 +1,5 @@
 import gc
+import io
 import os
 import socket
 import subprocess
@@ -101,6 +102,20 @@ def grain_data_loader(columns):
     return grain.DataLoader(data_source=rows, sampler=sampler)
 
 
+def stored(columns):
+    """The columns with images as data sets of Hugging Face store them, in Parquet files too."""
+    images = []
+    for image in columns["images"]:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        images.append({"bytes": file.getvalue(), "path": "cat.png"})
+    return {**columns, "images": images}
+
+
+def data_frame(package, columns):
+    return pytest.importorskip(package).DataFrame(columns)
+
+
 FORMS = {
     "columns": lambda columns: columns,
     "array": lambda columns: {**columns, "images": np.stack(columns["images"])},
@@ -110,6 +125,9 @@ FORMS = {
     "generator of batches": in_batches,
     "list of batches": lambda columns: list(in_batches(columns)),
     "PyDataset": Loader,
+    "images of Hugging Face": lambda columns: examples_of(stored(columns)),
+    "pandas": lambda columns: data_frame("pandas", columns),
+    "polars": lambda columns: data_frame("polars", stored(columns)),
     "tf.data": tf_data,
     "tf.data of examples": lambda columns: tf_data(columns).unbatch(),
     "array of objects": lambda columns: {
@@ -411,7 +429,7 @@ def test_single_batches(tokenizer, columns):
     x, *_ = model.preprocessor.for_training(
         [[image] for image in columns["images"]], columns["prompts"], columns["responses"]
     )
-    for batch in (columns, rows, x):
+    for batch in (columns, data_frame("pandas", columns), rows, x):
         model.reset_metrics()
         np.testing.assert_allclose(model.test_on_batch(batch), loss, rtol=1e-5)
         model.reset_metrics()
