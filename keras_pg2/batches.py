@@ -2,8 +2,8 @@
 
 Data is a sequence of examples, a dict or data frame of columns, or an iterable of either examples
 or batches (`keras.utils.PyDataset`, `tf.data.Dataset`, torch `DataLoader`, grain, a generator). An
-example is a dict with "image" or "images", "prefix" or "prompt", and "suffix" or "response"; a batch is a dict
-with lists of them, or of arrays that are tokenized already, or a list of examples.
+example is a dict with "image" or "images", "prefix" or "prompt", and "suffix" or "response"; a
+batch is a dict with lists of them, or of arrays that are tokenized already, or a list of examples.
 
 In a dict of columns, or a batch passed by itself, a str prompt goes with all images. An item of an
 iterable with a list of images and a str prompt is a batch if the prompt is in "prompts"; in
