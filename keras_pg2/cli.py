@@ -30,7 +30,10 @@ _CHECKPOINT = (
     "official name, hf://org/repo, kaggle://owner/model/framework/variation, or path of a "
     "checkpoint (our own, Hugging Face, keras_hub, big_vision .npz)"
 )
-_IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_IMAGE_ENDINGS = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff"),
+    ".webp",
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -461,9 +461,13 @@ def _scenes(annotations, image_folder, keep_crowds, checks, with_masks=False):
             if width < 1 or height < 1:
                 raise ValueError(f"Sizes must be positive. Received: {width} × {height}.")
             for place, annotation in image_annotations:
-                if annotation.get("iscrowd") and not keep_crowds:
-                    continue
                 with checks.row(place):
+                    if annotation.get("iscrowd") not in (0, 1, None):
+                        raise ValueError(
+                            f"`iscrowd` must be 0 or 1. Received: {annotation['iscrowd']!r:.80}."
+                        )
+                    if annotation.get("iscrowd") and not keep_crowds:
+                        continue
                     category = _field(annotation, "category_id", (int, str))
                     if category not in categories:
                         raise ValueError(f"`category_id` {category!r} is not in `categories`.")
@@ -505,12 +509,14 @@ def _read_coco(source, image_folder, checks):
             if image_id not in known:
                 raise ValueError(f"`image_id` {image_id!r} is not in `images`.")
             annotations_by_image[image_id].append((place, annotation))
-    annotated = []
+    annotated, names = [], {}
     for position, image in enumerate(tqdm.tqdm(images, disable=len(images) < _MANY_ROWS)):
         with checks.row(f"{source}: image {_id(image, position)}"):
+            id, name = _field(image, "id", (int, str)), _field(image, "file_name", str)
+            if names.setdefault(id, name) != name:
+                raise ValueError(f"`id` {id!r} belongs to {names[id]!r} already.")
             # Each id once: annotations of an image that is there twice count once.
-            if found := annotations_by_image.pop(_field(image, "id", (int, str)), None):
-                name = _field(image, "file_name", str)
+            if found := annotations_by_image.pop(id, None):
                 annotated.append((checks.images(folder, name), image, found))
     return data, annotated
 
@@ -593,12 +599,21 @@ def _check_segmentation(segmentation, width, height):
         )
     else:
         for polygon in segmentation:
-            is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+            is_polygon = isinstance(polygon, list) and len(polygon) % 2 == 0
             if not is_polygon or not all(_is_number(value) for value in polygon):
                 raise ValueError(
-                    "A polygon must be a list of numbers x, y, x, y …, at least 3 points. "
-                    f"Received: {polygon!r:.80}."
+                    f"A polygon must be a list of numbers x, y, x, y …. Received: {polygon!r:.80}."
                 )
+        if not _polygons(segmentation):
+            raise ValueError(
+                "`segmentation` must have a polygon of at least 3 points. "
+                f"Received: {segmentation!r:.80}."
+            )
+
+
+def _polygons(segmentation):
+    """Without the points and lines that tools for labels leave among them."""
+    return [polygon for polygon in segmentation if len(polygon) >= 6]
 
 
 def _check_overlap(item, width, height):
@@ -608,7 +623,7 @@ def _check_overlap(item, width, height):
         if _mask(item, width, height)[y1:y2, x1:x2].any():
             return
     else:
-        for polygon in item.segmentation:
+        for polygon in _polygons(item.segmentation):
             x, y = polygon[::2], polygon[1::2]
             if min(x) <= box[2] and max(x) >= box[0] and min(y) <= box[3] and max(y) >= box[1]:
                 return
@@ -625,7 +640,7 @@ def _mask(item, width, height):
         values = np.arange(len(counts)) % 2 == 1
         return np.repeat(values, counts).reshape(width, height).T
     mask = np.zeros((height, width), bool)
-    for polygon in item.segmentation:
+    for polygon in _polygons(item.segmentation):
         mask |= _polygon_mask(np.reshape(polygon, (-1, 2)), width, height)
     x1, y1, x2, y2 = box_pixels(item.box, width, height)
     if not mask[y1:y2, x1:x2].any():
@@ -785,7 +800,7 @@ def _answers(row):
     """The answers of a row, which is an object, of any of the formats, at least one."""
     answers = [row["answer"]] if "answer" in row else _field(row, "answers", list)
     answers = [item.get("answer") if isinstance(item, dict) else item for item in answers]
-    texts = [str(item) for item in answers if str(item).strip()]
+    texts = [text for item in answers if (text := str(item).strip())]
     if not texts or not all(isinstance(item, str) or _is_number(item) for item in answers):
         raise ValueError(
             "Answers must be strings or numbers, at least one that is not blank. "

@@ -1,5 +1,6 @@
 """A web page to try a model on: `keras-pg2 demo`."""
 
+import functools
 import threading
 
 import gradio
@@ -31,6 +32,8 @@ _FIRST_TEXTS = {
     "segment": "heart",
     "free prompt": "caption en",
 }
+# The page shows it; the terminal of the server has no use for what visitors get wrong.
+_Refusal = functools.partial(gradio.Error, print_exception=False)
 
 
 def build(model, title="PaliGemma 2"):
@@ -50,12 +53,12 @@ def build(model, title="PaliGemma 2"):
     def run(image, task, text, lang):
         """Pieces of text, and the image with what was found: tuples as Gradio wants them."""
         if image is None:
-            raise gradio.Error("Upload an image, or choose a sample.")
+            raise _Refusal("Upload an image, or choose a sample.")
         text = text or ""  # nothing was typed yet
         if len(text) + len(lang or "") > _MAX_TEXT:
-            raise gradio.Error(f"At most {_MAX_TEXT} characters, please.")
+            raise _Refusal(f"At most {_MAX_TEXT} characters, please.")
         if image.width * image.height > _MAX_PIXELS:
-            raise gradio.Error(f"At most {_MAX_PIXELS // 10**6} million pixels, please.")
+            raise _Refusal(f"At most {_MAX_PIXELS // 10**6} million pixels, please.")
         try:
             image = Image.fromarray(image_pixels(image))
             if task in ("detect", "segment"):
@@ -79,7 +82,7 @@ def build(model, title="PaliGemma 2"):
             if not answer:
                 yield "(the answer is empty)", None, []
         except (ValueError, OSError) as error:
-            raise gradio.Error(str(error)) from error
+            raise _Refusal(str(error)) from error
 
     def show_fields(task):
         label = _TEXT_LABELS[task]
@@ -192,7 +195,7 @@ def _refuse_addresses(move_to_cache):
 
     async def move_upload_to_cache(path):
         if str(path).lower().startswith(("http:", "https:")):
-            raise gradio.Error("Upload an image: addresses are not fetched.")
+            raise _Refusal("Upload an image: addresses are not fetched.")
         return await move_to_cache(path)
 
     return move_upload_to_cache

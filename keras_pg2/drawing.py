@@ -35,9 +35,8 @@ def draw(image, detections, font=None):
     Args:
         image: an image, see `PaliGemma2.generate`.
         detections: Detections, as `PaliGemma2.detect` and `segment` return them.
-        font: path of a TrueType font for the labels, or None for Pillow's own. That has few letters
-            but Western European ones; where it lacks one, an installed font that has them all is
-            taken.
+        font: path of a TrueType font for the labels, or None for Pillow's own. That has English
+            letters alone; where it lacks one, the installed font that has most of them is taken.
 
     Returns:
         PIL.Image, RGB.
@@ -87,7 +86,7 @@ def draw(image, detections, font=None):
 
 
 def _font(path, size, text):
-    """The font of a path, or the first known one that has all letters of the text."""
+    """The font of a path, or the first known one that has most letters of the text."""
     if path is not None:
         try:
             return ImageFont.truetype(path, size)
@@ -95,19 +94,21 @@ def _font(path, size, text):
             raise OSError(
                 f"`font` must be the path of a TrueType font. Received: font={path!r}: {error}"
             ) from error
-    own = ImageFont.load_default(size)
-    if not _missing_letters(own, text):
-        return own
+    best = ImageFont.load_default(size)
+    missing = _missing_letters(best, text)
     for name in _FONTS:
+        if not missing:
+            return best
         try:
             font = ImageFont.truetype(name, size)
         except OSError:  # not installed
             continue
-        if not _missing_letters(font, text):
-            return font
-    letters = "".join(_missing_letters(own, text))
-    _LOG.warning("No font was found that has the letters %r: pass `font` to `draw`.", letters)
-    return own
+        if len(letters := _missing_letters(font, text)) < len(missing):
+            best, missing = font, letters
+    if missing:
+        letters = "".join(missing)
+        _LOG.warning("No font was found that has the letters %r: pass `font` to `draw`.", letters)
+    return best
 
 
 def _missing_letters(font, text):

@@ -557,7 +557,7 @@ def _opened(file):
     """A path, or the bytes of a file, as a PIL image whose pixels are not read yet."""
     if not isinstance(file, bytes):
         file = os.path.expanduser(os.fsdecode(file))
-        if not os.path.isfile(file):
+        if not os.path.exists(file) or os.path.isdir(file):
             kind = "image file, but a folder" if os.path.isdir(file) else "such image file"
             is_address = file.startswith(("http://", "https://"))
             hint = ". Addresses are not fetched: download the image first" if is_address else ""

@@ -365,14 +365,17 @@ def _span_scores(generation, tokenizer):
             ends.append(length)
         else:
             run.append(id)
-            ends.append(length + len(tokenizer.decode(run)))
-    starts = [0, *ends[:-1]]
+            ends.append(length + len(tokenizer.decode(run).rstrip("\ufffd")))
+    spans = [*zip([0, *ends[:-1]], ends)]
+    for i in reversed(range(len(spans) - 1)):
+        if spans[i][0] >= spans[i][1]:  # the first bytes of a character belong to it
+            spans[i] = spans[i + 1]
     log_probs = np.asarray(generation.log_probs, "float64")
 
     def score(start, end):
         inside = [
             i
-            for i, (a, b) in enumerate(zip(starts, ends))
+            for i, (a, b) in enumerate(spans)
             if generation.text[max(a, start) : min(b, end)].strip()
         ]
         return float(np.exp(log_probs[inside].mean()))

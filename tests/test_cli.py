@@ -83,6 +83,18 @@ def test_folders_and_patterns(data, folder, capsys, pattern):
     assert text.startswith(f"{folder / 'a.png'}\t")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="has no such names of pipes")
+def test_an_image_from_a_pipe(data, folder, capsys):
+    expected = run(capsys, data, "ocr", str(folder / "a.png")).out
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb") as file:
+        file.write((folder / "a.png").read_bytes())
+    try:
+        assert run(capsys, data, "ocr", f"/dev/fd/{reader}").out == expected
+    finally:
+        os.close(reader)
+
+
 @pytest.mark.slow_if_compiled
 def test_detect(data, folder, capsys, tmp_path):
     command = ["detect", str(folder), "cat ; dog", "--constrained", "--max-new-tokens", "9"]

@@ -363,6 +363,16 @@ def test_boxes_without_a_width_or_a_height_are_left_out(folder, caplog):
     assert "left out 3 boxes without a width or a height in location tokens" in caplog.text
 
 
+def test_an_id_of_two_images(folder):
+    content = json.loads(_coco(folder, [_annotation(1)]).read_text())
+    content["images"].append({**content["images"][0]})  # says the same
+    (example,) = data.coco_detection(_save(folder / "coco.json", content))
+    assert example["image"] == str(folder / "0.png")
+    content["images"][-1]["file_name"] = "1.png"
+    with pytest.raises(ValueError, match=r"image 1: `id` 1 belongs to '0\.png' already"):
+        data.coco_detection(_save(folder / "coco.json", content))
+
+
 def test_crowds(folder):
     crowd = _annotation(1, iscrowd=1)
     assert len(data.coco_detection(_coco(folder, [crowd]), keep_crowds=True)) == 1
@@ -383,6 +393,7 @@ def test_crowds(folder):
         (_annotation(7, bbox=(1, 2, -1, 4)), "annotation 7: `bbox` must have a width"),
         (_annotation(7, bbox=(8, 2, 3, 4)), "inside of its image of 7 × 9. Received"),
         (_annotation(7, image_id=3), r"image 3: There is no image '.*missing\.png'"),
+        (_annotation(7, iscrowd="0"), "annotation 7: `iscrowd` must be 0 or 1. Received: '0'"),
         ("what", "annotation number 2: There must be a JSON object. Received: 'what'"),
         ({"id": 7}, "annotation 7: The field `image_id` is missing"),
     ],
@@ -519,6 +530,9 @@ def test_polygons(folder):
     (mask,) = _masks(folder, [square, [5.6, 7, 9, 7, 9, 20, 5.6, 20]])  # leaves the image
     expected[7:, 6] = True
     np.testing.assert_array_equal(mask, expected)
+    (mask,) = _masks(folder, [[], square, [5.6, 7, 9, 7]])  # scraps that are none
+    np.testing.assert_array_equal(mask[2:6, 1:5], True)
+    assert mask.sum() == 16
     (mask,) = _masks(folder, [[0, 0, 7, 0, 0, 9]])
     rows, columns = np.mgrid[:9, :7] + 0.5
     np.testing.assert_array_equal(mask, rows / 9 + columns / 7 < 1)
@@ -650,10 +664,11 @@ def test_questions_and_answers_in_one_file(folder, wrap):
         {"image": "0.png", "question": "a?", "answer": "yes"},
         {"image": "1.png", "question": "b?", "answers": ["x", "y", "y"], "questionId": 3},
         {"image": "1.png", "question": "c?", "answers": _answers("", "z", "")},
+        {"image": "1.png", "question": "d?", "answers": ["no", "no", "yes ", " yes", "yes\n"]},
     ]
     examples = data.vqa(_save(folder / "vqa.json", wrap(rows)))
-    assert _suffixes(examples) == ["yes", "y", "z"]
-    assert [example["image"] for example in examples[1:]] == [str(folder / "1.png")] * 2
+    assert _suffixes(examples) == ["yes", "y", "z", "yes"]
+    assert [example["image"] for example in examples[1:]] == [str(folder / "1.png")] * 3
 
 
 def test_names_of_images(folder):

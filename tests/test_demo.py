@@ -176,9 +176,12 @@ def test_errors_are_shown(page):
 
 def send_image(server, path):
     """The server's answer to a client that says where its image lies."""
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    return send(server, {"path": path, "meta": {"_type": "gradio.FileData"}})
+
+
+def send(server, image):
     call = f"{server.local_url}gradio_api/call/run"
-    body = json.dumps({"data": [file, "caption", "", "en"]}).encode()
+    body = json.dumps({"data": [image, "caption", "", "en"]}).encode()
     request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
         event = json.load(response)["event_id"]
@@ -190,6 +193,11 @@ def status_of(url):
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(url)
     return caught.value.code
+
+
+def test_errors_of_visitors_do_not_fill_the_terminal(server, capsys):
+    assert "choose a sample" in send(server, None)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_paths_of_a_client_are_not_opened(server, tmp_path):

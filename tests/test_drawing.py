@@ -109,21 +109,29 @@ def test_letters_that_the_font_lacks(monkeypatch, caplog):
     cat = Detections((Detection("кошка", (9.0, 9.0, 99.0, 99.0)),), 640, 480)
     installed = []
 
-    class Full:  # has every letter
+    class Full:
+        lacks = ""
+
         def getmask(self, letter):
-            return own.getmask("i" if letter == "\uffff" else "m")
+            return own.getmask("i" if letter in self.lacks + "\uffff" else "m")
+
+    class Most(Full):
+        lacks = "ш"
 
     def truetype(font, *args, **kwargs):
         if not isinstance(font, str):  # Pillow's own is no file
             return read(font, *args, **kwargs)
         if font not in installed:
             raise OSError(font)
-        return Full()
+        return Most() if font == drawing._FONTS[0] else Full()
 
     monkeypatch.setattr(ImageFont, "truetype", truetype)
     assert drawing._font(None, 20, "cat 87%").getname() == own.getname()
     draw(image, cat)
     assert "the letters 'акош': pass `font` to `draw`" in caplog.text
+    installed.append(drawing._FONTS[0])
+    assert isinstance(drawing._font(None, 20, "кошка"), Most)
+    assert "the letters 'ш': pass `font` to `draw`" in caplog.text
     installed += [drawing._FONTS[1], "mine.ttf"]
     assert isinstance(drawing._font(None, 20, "кошка"), Full)
     assert isinstance(drawing._font("mine.ttf", 20, "cat"), Full)

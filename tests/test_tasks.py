@@ -320,6 +320,17 @@ def test_scores_are_geometric_means(tokenizer):
     np.testing.assert_allclose([item.score for item in found], expected, rtol=1e-5)
 
 
+def test_a_score_counts_each_byte_of_a_character(tokenizer):
+    text = f"{CAT} 猫"
+    assert len(tokenizer.encode(text)) == 4 + 1 + 3  # locations, space, bytes
+
+    def probabilities(count):
+        return [0.5] * 4 + [0.001] + [0.25] * 3 + [0.001]
+
+    (item,) = read_detections(generation(tokenizer, text, probabilities), tokenizer, [], 10, 10)
+    np.testing.assert_allclose(item.score, (0.5**4 * 0.25**3) ** (1 / 7), rtol=1e-5)
+
+
 def test_of_repetitions_the_likeliest_stays(tokenizer):
     text = f"{CAT} cat ; <loc0100><loc0200><loc0300><loc0402> cat"
     found = read_detections(
