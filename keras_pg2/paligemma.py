@@ -192,6 +192,11 @@ class PaliGemma2(keras.Model):
             config = resized
         config = config.replace(**changes)
         preprocessor = checkpoint.make_preprocessor(config.vision.image_size, tokenizer)
+        if dtype in ("int8", "int4"):
+            raise ValueError(
+                f"`dtype` is that of activations and of weights that are not quantized: pass "
+                f"`quantize={dtype!r}`. Received: dtype={dtype!r}"
+            )
         policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
         # Reading begins while the model is made, unless only its layers know how to read.
         is_plain = not quantize and not isinstance(policy, keras.dtype_policies.DTypePolicyMap)
@@ -388,7 +393,7 @@ class PaliGemma2(keras.Model):
             raise ValueError(
                 f"`format` must be 'preset', 'hf' or 'keras-hub'. Received: format={format!r}"
             )
-        presets.upload(target, lambda path: self._save(path, format, dtype), presets.WRITTEN_FILES)
+        presets.upload(target, lambda path: self._save(path, format, dtype), presets.MODEL_FILES)
 
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
         """As `keras.Model.save`, but what a file held before stays until the new one is whole.
@@ -1762,9 +1767,11 @@ class PaliGemma2(keras.Model):
                 "google/paligemma2-3b-pt-224"; PEFT's `AutoPeftModel` asks for it.
             overwrite: bool, whether to replace an adapter that is there.
 
+        PEFT finds LoRA of the projector with transformers 4.52 and later alone.
+
         Raises:
             FileExistsError: if there is an adapter and `overwrite` is False.
-            ValueError: if LoRA is not enabled.
+            ValueError: if LoRA is not enabled, or on a layer that a subclass added.
 
         Example:
             >>> model.save_adapter("adapter/", base_model="google/paligemma2-3b-pt-224")
@@ -2052,6 +2059,8 @@ def _check_arguments(config, dtype_policy):
         )
     is_map = isinstance(dtype_policy, keras.dtype_policies.DTypePolicyMap)
     for policy in (dtype_policy, *(dtype_policy.values() if is_map else ())):
+        if not keras.backend.is_float_dtype(policy.variable_dtype):
+            raise ValueError(f"`dtype` must be a policy of floats. Received: dtype={policy.name!r}")
         if policy.quantization_mode is not None:
             raise ValueError(
                 "`dtype` must be a policy without quantization: call `quantize`, or pass "

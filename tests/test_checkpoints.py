@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import errno
 import json
@@ -405,19 +406,30 @@ def test_hdf5_must_not_lead_to_other_files(data, tmp_path):
         PaliGemma2.from_preset(folder)
 
 
-def test_compressed_npz(data, tmp_path):
+@pytest.mark.parametrize("form", ["compressed", "in Fortran order", "without params/"])
+def test_other_forms_of_npz(data, tmp_path, monkeypatch, form):
     with np.load(data / "bv_tiny_paligemma2.npz") as archive:
-        np.savez_compressed(tmp_path / "small.npz", **archive)
-    plain = io.read_npz(data / "bv_tiny_paligemma2.npz")
-    compressed = io.read_npz(tmp_path / "small.npz")
-    assert set(compressed) == set(plain)
-    for name, tensor in plain.items():
-        np.testing.assert_array_equal(compressed[name].read(), tensor.read())
+        tensors = dict(archive)
+    if form == "in Fortran order":
+        tensors = {name: np.asfortranarray(array) for name, array in tensors.items()}
+    if form == "without params/":  # as big_vision's notebook for fine-tuning writes
+        tensors = {name.removeprefix("params/"): array for name, array in tensors.items()}
+    save = np.savez_compressed if form == "compressed" else np.savez
+    save(tmp_path / "other.npz", **tensors)
+    reads, read = collections.Counter(), io._read_npz
+    monkeypatch.setattr(io, "_read_npz", lambda *args: reads.update([args[1]]) or read(*args))
+    expected = PaliGemma2.from_preset(data / "bv_tiny_paligemma2.npz").weights_by_path()
+    weights = PaliGemma2.from_preset(tmp_path / "other.npz").weights_by_path()
+    for path, tensor in expected.items():
+        np.testing.assert_array_equal(weights[path].read(), tensor.read())
+    if form == "compressed":  # a tensor of several layers is read once
+        assert reads == dict.fromkeys(tensors, 1)
 
 
 def test_what_is_no_checkpoint(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="`preset` must be an official name"):
-        PaliGemma2.from_preset(tmp_path / "nowhere")
+    for name in (tmp_path / "nowhere", "hf", "kaggle"):
+        with pytest.raises(FileNotFoundError, match="`preset` must be an official name"):
+            PaliGemma2.from_preset(name)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"no PaliGemma model.*'llama'"):
         PaliGemma2.from_preset(folder)
@@ -527,6 +539,34 @@ def test_configs(data, path, variant):
     # transformers and keras_hub write a window of 4,096, which the models were trained without.
     assert config.text.sliding_window is None
     assert config.text.vocab_size == 1664
+
+
+def test_what_configs_of_transformers_leave_out(folder, data):
+    """Releases 4.47 to 4.49 left the number of heads of the 3B out, which is their default."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    text = {"model_type": "gemma2", "hidden_size": 2304, "num_hidden_layers": 26}
+    text |= {"intermediate_size": 9216, "num_key_value_heads": 4}
+    path.write_text(json.dumps({**values, "text_config": text, "image_token_index": 257_152}))
+    expected = PaliGemmaConfig.from_variant("paligemma2-3b").text
+    assert presets.find_checkpoint(folder).config.text == expected
+    text |= {"sliding_window": 64}
+    for layer_types, window in [
+        (["sliding_attention", "full_attention"] * 13, 64),
+        (["full_attention"] * 26, None),
+    ]:
+        values |= {"text_config": {**text, "layer_types": layer_types}}
+        path.write_text(json.dumps(values))
+        assert presets.find_checkpoint(folder).config.text.sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [("int8", "pass `quantize='int8'`"), ("int32", "`dtype` must be a policy of floats")],
+)
+def test_dtypes_that_are_no_floats(folder, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        PaliGemma2.from_preset(folder, dtype=dtype)
 
 
 def test_known_query_scales(monkeypatch):
@@ -1201,19 +1241,21 @@ def test_a_folder_with_one_npz(data, tmp_path):
     assert presets.find_checkpoint(tmp_path).format == "big-vision"
 
 
-def test_all_files_that_are_written_are_replaced(model, tmp_path):
+def test_all_files_of_a_model_are_replaced(model, tmp_path):
     written = set()
     for format in ("preset", "hf", "keras-hub"):
         folder = tmp_path / format
         model._save(folder, format)
         files = (path for path in folder.rglob("*") if path.is_file())
         written |= {path.relative_to(folder).as_posix() for path in files}
-    assert set(presets.WRITTEN_FILES) - written == {
+    assert set(presets.MODEL_FILES) - written == {
         presets.CODEC_FILE,
         "model-?????-of-?????.safetensors",
         "model.safetensors.index.json",
+        *("processor_config.json", "generation_config.json", "added_tokens.json"),  # transformers'
+        *("model.weights.json", "model_?????.weights.h5"),  # Keras'
     }
-    assert written < set(presets.WRITTEN_FILES)
+    assert written < set(presets.MODEL_FILES)
 
 
 def test_upload(model, monkeypatch):

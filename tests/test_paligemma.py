@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_pg2 import GemmaConfig, PaliGemma2, PaliGemmaConfig, Preprocessor, SiglipConfig
+from keras_pg2.linear import Linear
 from tests.conftest import logits_of
 
 
@@ -134,6 +135,20 @@ def test_weights_that_a_subclass_adds(tmp_path):
 
     with pytest.raises(ValueError, match=r"no place for weights .*: head/bias, head/kernel"):
         Scored(_tiny()).save_to_preset(tmp_path / "preset")
+    assert not list(tmp_path.iterdir())
+
+
+def test_lora_of_a_layer_that_a_subclass_adds(tmp_path):
+    class Doubled(PaliGemma2):
+        def build(self, input_shape=None):
+            super().build(input_shape)
+            self.extra = Linear(16, name="extra")
+            self.extra.build((None, 16))
+
+    model = Doubled(_tiny())
+    model.enable_lora(2, pattern="extra|projector")
+    with pytest.raises(ValueError, match=r"no place for LoRA of layers .*: extra\. `model.save`"):
+        model.save_adapter(tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
 
 

@@ -59,7 +59,8 @@ def save_adapter(model, folder, base_model=None, overwrite=False):
 
     Raises:
         FileExistsError: if there is an adapter and `overwrite` is False.
-        ValueError: if the model has no LoRA, or `folder` is of a hub.
+        ValueError: if the model has no LoRA, has it on a layer that a subclass added, or `folder`
+            is of a hub.
     """
     layers = model.lora_layers()
     if not layers:
@@ -74,6 +75,11 @@ def save_adapter(model, folder, base_model=None, overwrite=False):
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise FileExistsError(f"{folder!r} is a file, where a folder is to be.")
     kernels = _kernel_specs(model.config)
+    if unknown := sorted(set(layers) - set(kernels)):
+        raise ValueError(
+            "An adapter has no place for LoRA of layers that were added to the model: "
+            f"{shorten(unknown)}. `model.save` keeps it."
+        )
     base_model = base_model and os.fspath(base_model)
     layers = {path: layers[path] for path in kernels if path in layers}  # first block first
     tensors = {}
@@ -192,8 +198,8 @@ def _lora_specs(kernel, rank):
 
 
 def _written_name(name):
-    # Old names, which all releases of transformers know; but PEFT 0.21 on transformers 5.23 finds
-    # the projector by its new name alone.
+    # Old names, which all releases of transformers know, but for the projector: PEFT 0.21 on
+    # transformers 5.23 finds it by its new name alone, which 4.52 brought.
     return re.sub(r"^(?=multi_modal_projector)", "model.", name)
 
 

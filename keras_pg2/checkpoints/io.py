@@ -18,6 +18,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import threading
 import tokenize
 import zipfile
 import zlib
@@ -231,23 +232,31 @@ def read_npz(path):
         ValueError: if the file is damaged or holds pickled objects.
     """
     tensors = {}
+    last, lock = {}, threading.Lock()
+
+    def read(name, dtype, index=()):
+        # Slices of one tensor are asked for in a row: only the first of them decompresses it.
+        with lock:
+            if name not in last:
+                last.clear()
+                last[name] = _read_npz(path, name, dtype)
+            return np.array(last[name][index], order="C")
+
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             version = _version(file)
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 with archive.open(info) as member:
-                    shape, dtype = _npy_header(member)
+                    shape, is_fortran, dtype = _npy_header(member)
                     header_length = member.tell()
-                if info.compress_type == zipfile.ZIP_STORED:
+                if info.compress_type == zipfile.ZIP_STORED and not is_fortran:
                     offset = _data_offset(path, info) + header_length
                     if offset + info.file_size - header_length > os.path.getsize(path):
                         raise ValueError("it is too short")
                     tensors[name] = _stored(path, version, shape, dtype, offset)
                 else:
-                    tensors[name] = _sliced(
-                        shape, dtype, functools.partial(_read_npz, path, name, dtype)
-                    )
+                    tensors[name] = LazyTensor(shape, dtype, functools.partial(read, name, dtype))
     except _DAMAGE as error:
         raise ValueError(f"The file {path!r} is damaged or no checkpoint: {error}") from error
     return tensors
@@ -259,10 +268,10 @@ def _npy_header(file):
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     shape, is_fortran, dtype = readers[np.lib.format.read_magic(file)](file)
-    if dtype.hasobject or is_fortran or not dtype.isnative:
-        raise ValueError("a tensor is a Python object, in Fortran order, or of another byte order")
+    if dtype.hasobject or not dtype.isnative:
+        raise ValueError("a tensor is a Python object, or of another byte order")
     # big_vision writes bfloat16 as two bytes without a type.
-    return shape, "bfloat16" if dtype.str == "|V2" else dtype.name
+    return shape, is_fortran, "bfloat16" if dtype.str == "|V2" else dtype.name
 
 
 def _data_offset(path, info):
@@ -489,7 +498,8 @@ def _check_names(specs, tensors, format, path):
         if not fits:
             wrong.append(f"{name}: expected {expected}, found {found}")
         if tensors[name].dtype not in _SAFETENSORS_DTYPES.values():
-            wrong.append(f"{name}: expected floats, found {tensors[name].dtype}")
+            expected = " or ".join(_SAFETENSORS_DTYPES.values())
+            wrong.append(f"{name}: expected {expected}, found {tensors[name].dtype}")
     if missing or extra or wrong:
         raise ValueError(
             f"The checkpoint {path!r} does not fit its config.\n"

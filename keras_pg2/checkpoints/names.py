@@ -233,7 +233,7 @@ class TensorSpec:
     index: tuple
     path: str
     layout: str
-    sizes: dict = dataclasses.field(hash=False)
+    sizes: dict
 
     @property
     def axes(self):

@@ -27,15 +27,25 @@ _OFFICIAL = re.compile(
     r"|paligemma-3b-(pt-(224|448|896)|mix-(224|448)|ft-[a-z0-9-]+-(224|448|896))"
 )
 _HUB_FILES = ("*.json", "*.safetensors", "*.npz", "tokenizer.model", "*.weights.h5", "assets/**")
-# What `save_checkpoint` may write to a folder, in any format.
-WRITTEN_FILES = [
+# What makes up a model in a folder of any format, whoever wrote it.
+MODEL_FILES = [
     *("config.json", "tokenizer.model", "model.safetensors", "model.safetensors.index.json"),
     *("model-?????-of-?????.safetensors", CODEC_FILE),
     *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("processor_config.json", "generation_config.json", "added_tokens.json"),
     *("model.weights.h5", "metadata.json", "tokenizer.json", "image_converter.json"),
+    *("model.weights.json", "model_?????.weights.h5"),
     *("preprocessor.json", "task.json", "assets/tokenizer/vocabulary.spm"),
 ]
 _PRESET_VERSION = 1
+# transformers 4.47 to 4.49 left `num_attention_heads` of the 3B out.
+_GEMMA2_DEFAULTS = {
+    "hidden_size": 2304,
+    "num_hidden_layers": 26,
+    "intermediate_size": 9216,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Checkpoint:
             for path in io.shard_paths(self.path, "model.weights.h5", "model.weights.json"):
                 tensors |= io.read_h5(path)
         elif self.format == "big-vision":
-            tensors = io.read_npz(self.path)
+            tensors = _read_big_vision(self.path)
         else:
             unused = names.HUGGING_FACE_UNUSED if self.format == "hf" else None
             tensors = io.read_safetensors(self.path, unused=unused)
@@ -139,7 +149,7 @@ def find_checkpoint(preset, only_config=False):
         if len(archives) == 1:
             path = os.path.join(path, archives[0])
     if os.path.isfile(path) and path.endswith(".npz"):
-        shapes = {name: tensor.shape for name, tensor in io.read_npz(path).items()}
+        shapes = {name: tensor.shape for name, tensor in _read_big_vision(path).items()}
         return Checkpoint("big-vision", _big_vision_config(shapes, path), path)
     config_path = os.path.join(path, "config.json")
     if not os.path.exists(config_path):
@@ -240,10 +250,10 @@ def fetch(name, files=_HUB_FILES):
         PermissionError: if a licence must be accepted first.
         ValueError: if the hub has no such names.
     """
-    hub, _, handle = os.fspath(name).partition("://")
-    if hub == "hf":
+    hub, is_address, handle = os.fspath(name).partition("://")
+    if is_address and hub == "hf":
         return _download_hugging_face(handle, list(files))
-    if hub == "kaggle":
+    if is_address and hub == "kaggle":
         return _download_kaggle(handle, files[0] if len(files) == 1 else None)
     return name
 
@@ -337,6 +347,7 @@ def _hugging_face_config(values):
     """
     vision, text = values["vision_config"], values["text_config"]
     is_gemma2 = text["model_type"] == "gemma2"
+    text = {**(_GEMMA2_DEFAULTS if is_gemma2 else {}), **text}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -351,6 +362,8 @@ def _hugging_face_config(values):
             )
     max_positions = text.get("max_position_embeddings", 8_192)
     window = _window(text.get("sliding_window"), max_positions) if is_gemma2 else None
+    if "sliding_attention" not in text.get("layer_types", ["sliding_attention"]):
+        window = None
     return PaliGemmaConfig(
         SiglipConfig(
             width=vision["hidden_size"],
@@ -544,6 +557,14 @@ def _keras_json(module, class_name, config):
         "config": config,
         "registered_name": f"keras_hub>{class_name}" if is_of_hub else None,
     }
+
+
+def _read_big_vision(path):
+    """Tensors by names that begin with "params/", which some files leave out."""
+    tensors = io.read_npz(path)
+    if not any(name.startswith("params/") for name in tensors):
+        tensors = {f"params/{name}": tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _big_vision_config(shapes, path):
