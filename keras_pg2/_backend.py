@@ -391,12 +391,17 @@ def share_of_replica(mean, count):
 
 
 @contextlib.contextmanager
-def forgets_own_gradients():
-    """A context for tracing a whole step, whose gradients are taken in it.
+def whole_step():
+    """A context for a whole step of training, or of what Keras does without, or for tracing one.
 
-    tensorflow keeps each function with a gradient of its own for good, such as Keras' sum over
-    replicas, and by its graph all variables of the model. It needs that outside of the step alone.
+    torch computes in what the dtype policy says. tensorflow forgets functions with a gradient of
+    their own, such as Keras' sum over replicas, which it keeps for good, and by their graphs all
+    variables of the model. It needs them for gradients outside of the step alone.
     """
+    if BACKEND == "torch":
+        with torch.autocast(torch.device(get_device()).type, enabled=False):
+            yield
+        return
     known = getattr(tf_ops.gradient_registry, "_registry", {}) if BACKEND == "tensorflow" else {}
     before = set(known)
     try:
@@ -709,8 +714,18 @@ def _unrolled(function, tensors, max_length):
     length = tensors[0].shape[1]
     part_length = -(-length // -(-length // max_length))  # no short part at the end
     starts = range(0, length, part_length)
-    parts = [[x[:, start : start + part_length] for x in tensors] for start in starts]
-    return ops.concatenate([function(*part) for part in parts], axis=1)
+    outputs, outer = [], part_number()
+    try:
+        for _state.part, start in enumerate(starts):
+            outputs.append(function(*(x[:, start : start + part_length] for x in tensors)))
+    finally:
+        _state.part = outer
+    return ops.concatenate(outputs, axis=1)
+
+
+def part_number():
+    """int, which part of a sequence `in_chunks` computes at the moment, other than in programs."""
+    return getattr(_state, "part", 0)
 
 
 def _looped(function, tensors, max_length):

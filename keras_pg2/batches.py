@@ -23,7 +23,7 @@ from keras.src.utils import rng_utils
 
 from keras_pg2 import _backend
 from keras_pg2.config import check_positive
-from keras_pg2.preprocessing import batch_examples
+from keras_pg2.preprocessing import batch_examples, check_tokenized
 
 _LOG = logging.getLogger(__name__)
 _IMAGES = ("images", "image")
@@ -172,19 +172,8 @@ class Batches(data_adapter.DataAdapter):
                 f"Received: {sorted(x)}"
             )
         x.setdefault("loss_mask", x["suffix_mask"])
-        images, ids = x["images"], x["token_ids"]
-        if images.dtype.kind not in "fV" or np.abs(images.astype("float32")).max() > 1.01:
-            raise ValueError(
-                "`images` of tokenized data must be floats in [-1, 1], as "
-                "`preprocessor.load_images` makes them. Received: dtype "
-                f"{images.dtype}, values in [{images.min()}, {images.max()}]"
-            )
-        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise ValueError(
-                f"`token_ids` must be integers in [0, {self._vocab_size}), the vocabulary. "
-                f"Received: dtype {ids.dtype}, values in [{ids.min()}, {ids.max()}]"
-            )
-        return x | {"token_ids": ids.astype("int32")}
+        check_tokenized(x["token_ids"], x["images"], self._vocab_size)
+        return x | {"token_ids": x["token_ids"].astype("int32")}
 
     def _preprocess(self, batch):
         columns = columns_of(batch)

@@ -16,7 +16,7 @@ from keras import ops, tree
 
 from keras_pg2 import _backend
 from keras_pg2.config import check_positive
-from keras_pg2.preprocessing import align_right
+from keras_pg2.preprocessing import align_right, check_tokenized
 from keras_pg2.tokenizer import EOS_ID, PAD_ID
 
 _TEXT_INPUTS = ("token_ids", "padding_mask", "suffix_mask")
@@ -55,9 +55,9 @@ class Sample:
 
     def __post_init__(self):
         is_number = isinstance(self.temperature, numbers.Real)
-        if not is_number or not 1e-6 <= self.temperature < math.inf:
+        if not is_number or not 1e-6 <= self.temperature <= 1e6:
             raise ValueError(
-                "`temperature` must be at least 1e-6; for the most likely token use "
+                "`temperature` must be in [1e-6, 1e6]; for the most likely token use "
                 f"`sampler='greedy'`. Received: temperature={self.temperature!r}"
             )
         if self.top_k is not None:
@@ -768,20 +768,10 @@ def align_inputs(inputs, vocab_size):
             "`token_ids` must be (B, T), at least one token of one example. Received: shape "
             f"{token_ids.shape}"
         )
-    if token_ids.dtype.kind not in "iu" or token_ids.min() < 0 or token_ids.max() >= vocab_size:
-        raise ValueError(
-            f"`token_ids` must be integers in [0, {vocab_size}). Received: dtype "
-            f"{token_ids.dtype}, values in [{token_ids.min()}, {token_ids.max()}]"
-        )
+    check_tokenized(token_ids, inputs.get("images"), vocab_size)
     vision = {name: inputs[name] for name in {"images", "image_tokens"} & set(inputs)}
     if "images" in vision:
         images = inputs["images"]
-        if images.dtype.kind not in "fV" or not (np.abs(images.astype("float32")) <= 1.001).all():
-            raise ValueError(
-                "`images` that come with token ids must be finite floats in [-1, 1], as "
-                f"`preprocessor.load_images` makes them. Received: dtype {images.dtype}, values "
-                f"in [{images.min()}, {images.max()}]"
-            )
         vision["images"] = images[:, None] if images.ndim == 4 else images
     padding_mask = inputs.get("padding_mask", np.ones_like(token_ids)).astype(bool)
     suffix_mask = inputs.get("suffix_mask", np.zeros_like(token_ids)).astype(bool)

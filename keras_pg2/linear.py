@@ -32,8 +32,8 @@ def activation_dtype(compute_dtype):
 class StepSeed(keras.random.SeedGenerator):
     """A seed that stays the same within a training step.
 
-    With rematerialization a block runs twice in a step and must drop the same values.
-    `PaliGemma2.call` renews all seeds before a step.
+    With rematerialization a block runs twice in a step and must drop the same values. The parts
+    of a long sequence drop their own. `PaliGemma2.call` renews all seeds before a step.
     """
 
     def __init__(self):
@@ -41,7 +41,8 @@ class StepSeed(keras.random.SeedGenerator):
         super().__init__(random.randint(1, 10**9))
 
     def next(self, ordered=True):
-        return self.state.value * 1  # a copy
+        part = ops.convert_to_tensor([_backend.part_number(), 0], self.state.dtype)
+        return self.state.value + part
 
     def renew(self):
         """Goes on to the seed of the next step."""

@@ -274,6 +274,7 @@ class PaliGemma2(keras.Model):
 
         So kernels are without LoRA that is merged, and "int4" is the same on every backend.
         """
+        _backend.sync_values(self)
         files = {id(matrix.codes): matrix.codes_in_file for matrix in self._int4_matrices()}
         merged = [layer for layer in self.lora_layers().values() if layer.is_merged]
         files |= {id(layer.kernel): layer.unmerged_kernel.copy for layer in merged}
@@ -289,6 +290,7 @@ class PaliGemma2(keras.Model):
         Raises:
             ValueError: if numbers or shapes differ.
         """
+        _backend.sync_values(self)
         weights = [*weights]
         places = {id(variable): place for place, variable in enumerate(self.weights)}
         if len(weights) != len(places):
@@ -718,7 +720,7 @@ class PaliGemma2(keras.Model):
                     "`image_tokens` must be what `encode_images` returns, (B, M · "
                     f"{self.config.vision.num_tokens}, {width}). Received: shape {shape}"
                 )
-        elif len(shape) not in (4, 5) or shape[-3:] != (size, size, 3):
+        elif len(shape) not in (4, 5) or shape[-3:] != (size, size, 3) or shape[1] == 0:
             raise ValueError(
                 f"`images` must be (B, M, {size}, {size}, 3) or (B, {size}, {size}, 3) in "
                 f"[-1, 1]. Received: images of shape {shape}. `preprocessor.load_images` makes "
@@ -847,7 +849,8 @@ class PaliGemma2(keras.Model):
             batch_size: int, images in one batch.
 
         Returns:
-            EncodedImage, or list of EncodedImage. All other methods take them in place of images.
+            EncodedImage, or list of EncodedImage. `generate`, `stream`, `score`, `predict` and the
+            tasks take them in place of images.
 
         Raises:
             ValueError: if an argument is out of range, or the model has no preprocessor.
@@ -1225,8 +1228,9 @@ class PaliGemma2(keras.Model):
         self.label_smoothing, self._jit_option = label_smoothing, kwargs.get("jit_compile", "auto")
         if not hasattr(self, "_loss"):
             with unlocked(self):
-                self._loss = keras.metrics.Mean(name="loss")
-                self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
+                # Whatever `floatx` is: sums in 16 bits would lose or overflow.
+                self._loss = keras.metrics.Mean(name="loss", dtype="float32")
+                self._token_accuracy = keras.metrics.Mean(name="token_accuracy", dtype="float32")
 
     def get_compile_config(self):
         _backend.sync_values(self)  # the learning rate is a variable
@@ -1339,6 +1343,7 @@ class PaliGemma2(keras.Model):
         """
         if not self.compiled:
             raise ValueError("Call `compile` before `evaluate`.")
+        _backend.sync_values(self)
         if self._compile_loss is None:
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
@@ -1389,15 +1394,15 @@ class PaliGemma2(keras.Model):
                 self.optimizer.build(self.trainable_variables)
 
     def train_step(self, *args):
-        with _backend.forgets_own_gradients():
+        with _backend.whole_step():
             return super().train_step(*args)
 
     def test_step(self, *args):
-        with _backend.forgets_own_gradients():
+        with _backend.whole_step():
             return super().test_step(*args)
 
     def predict_step(self, *args):
-        with _backend.forgets_own_gradients():
+        with _backend.whole_step():
             return super().predict_step(*args)
 
     def make_train_function(self, force=False):
@@ -1444,6 +1449,7 @@ class PaliGemma2(keras.Model):
                 )
             if isinstance(x, dict):
                 x = {name: array for name, array in x.items() if name != "loss_mask"}
+            _backend.sync_values(self)
             try:
                 return super().predict(
                     x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
@@ -1946,6 +1952,7 @@ class PaliGemma2(keras.Model):
             store["step_seeds"] = np.stack([ops.convert_to_numpy(s.state) for s in seeds])
 
     def load_own_variables(self, store):
+        _backend.sync_values(self)  # before the layers load theirs
         seeds = self._step_seeds()
         if "step_seeds" in store and len(store["step_seeds"]) == len(seeds):
             for seed, state in zip(seeds, store["step_seeds"]):

@@ -95,11 +95,10 @@ class Preprocessor:
         """One image to levels in [-1, 1].
 
         Args:
-            image: a path; the bytes of an image file, or a file object with them; a dict with
-                "bytes" and "path", as Hugging Face's data sets store images; a PIL image of any
-                mode (EXIF orientation is applied, alpha dropped, mode "F" read as levels in
-                [0, 255]); or an array or tensor (H, W), (H, W, C) or (C, H, W), C of 1, 3 or 4,
-                of uint8 in [0, 255] or float in [0, 1].
+            image: a path; the bytes of an image file, a file object, or a dict of "bytes" and
+                "path" (Hugging Face's); a PIL image of any mode (EXIF orientation is applied,
+                alpha dropped, mode "F" read as levels in [0, 255]); or an array or tensor (H, W),
+                (H, W, C) or (C, H, W), C of 1, 3 or 4, of uint8 in [0, 255] or float in [0, 1].
 
         Returns:
             float32 NumPy array (I, I, 3).
@@ -322,6 +321,34 @@ def batch_examples(images, prompts, responses=None):
             f"{len(responses)} responses"
         )
     return images, prompts, responses, one_image and one_prompt and one_response
+
+
+def check_tokenized(token_ids, images, vocab_size):
+    """Checks the values of tokenized data.
+
+    Args:
+        token_ids: NumPy array, not empty.
+        images: NumPy array, or None.
+        vocab_size: int, V.
+
+    Raises:
+        ValueError: if ids are no integers below `vocab_size`, or images are no finite floats in
+            [-1, 1].
+    """
+    if token_ids.dtype.kind not in "iu" or token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        raise ValueError(
+            f"`token_ids` must be integers in [0, {vocab_size}), the vocabulary. Received: dtype "
+            f"{token_ids.dtype}, values in [{token_ids.min()}, {token_ids.max()}]"
+        )
+    if images is None:
+        return
+    # Those in bfloat16 are of a kind of its own.
+    if images.dtype.kind not in "fV" or not (np.abs(images.astype("float32")) <= 1.01).all():
+        raise ValueError(
+            "`images` of tokenized data must be finite floats in [-1, 1], as "
+            f"`preprocessor.load_images` makes them. Received: dtype {images.dtype}, values in "
+            f"[{images.min()}, {images.max()}]"
+        )
 
 
 def checked_preprocessor(preprocessor, config):

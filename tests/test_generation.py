@@ -623,6 +623,7 @@ def test_bad_options(model, image, options, message):
     [
         (Sample, {"temperature": 0}),
         (Sample, {"temperature": float("nan")}),
+        (Sample, {"temperature": 1e30}),
         (Sample, {"temperature": "1"}),
         (Sample, {"top_p": "1"}),
         (Sample, {"top_k": 0}),

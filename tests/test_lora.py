@@ -161,6 +161,22 @@ def test_dropout_acts_in_training_alone(x):
     np.testing.assert_allclose(_numpy(layer(x, training=True)), base, atol=1e-6)
 
 
+def test_parts_of_a_sequence_drop_inputs_of_their_own(x, monkeypatch):
+    masks, dropout = [], keras.random.dropout
+
+    def spied(inputs, rate, seed):
+        masks.append(_numpy(dropout(ops.ones_like(inputs), rate, seed=seed)))
+        return dropout(inputs, rate, seed=seed)
+
+    monkeypatch.setattr(keras.random, "dropout", spied)
+    layer = _layer(rank=2, dropout=0.5)
+    sequence = np.repeat(x[None, :1], 64, axis=1)
+    for _ in range(2):  # rematerialization runs them twice
+        _backend.in_chunks(lambda x: layer(x, training=True), [sequence], 32)
+    np.testing.assert_array_equal(masks[:2], masks[2:])
+    assert 0.2 < (masks[0] != masks[1]).mean() < 0.8
+
+
 @pytest.mark.parametrize("dtype", POLICIES)
 def test_merging_and_back(x, dtype):
     layer = _layer(dtype, rank=2, alpha=3)

@@ -276,6 +276,41 @@ def test_settings_of_a_process(data, image, setting, backend, dtype):
     np.testing.assert_allclose(others, scores, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "backend", "dtype"),
+    [
+        ("bfloat16", _backend.BACKEND, "float32"),
+        ("float16", _backend.BACKEND, "float32"),
+        ("autocast", "torch", "float32"),
+        ("autocast", "torch", "mixed_bfloat16"),
+        ("autocast", "torch", "mixed_float16"),
+    ],
+)
+def test_settings_of_training(data, image, setting, backend, dtype):
+    if backend != _backend.BACKEND:
+        pytest.skip(f"a setting of {backend}")
+    examples = [{"image": image, "prefix": "ocr", "suffix": "a b"}] * 1600
+
+    def losses():
+        model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype=dtype)
+        model.preprocessor.sequence_length = 8
+        model.compile(keras.optimizers.SGD(0.0))
+        history = model.fit(examples, batch_size=16, verbose=0).history
+        return [*history["loss"], *model.evaluate(examples[:32], verbose=0)]
+
+    def context():
+        if setting == "autocast":
+            torch = pytest.importorskip("torch")
+            other = {"mixed_bfloat16": torch.float16}.get(dtype, torch.bfloat16)
+            return torch.autocast("cpu", other)
+        return _floatx(setting)
+
+    expected = losses()
+    with context():
+        np.testing.assert_allclose(losses(), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("num_rows", [1, 3, 16])
 def test_logits_are_not_rounded(dtype, num_rows):

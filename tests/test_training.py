@@ -378,6 +378,33 @@ def test_an_optimizer_of_torch_goes_on_elsewhere(tokenizer, is_scaled):
     assert optimizer.beta_1 == 0.8
 
 
+@pytest.mark.slow_if_compiled
+def test_weights_within_fit(tokenizer, columns, tmp_path):
+    """Read and set by the model itself, which with jax does not hold them."""
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.1))
+    first, losses = model.get_weights(), []
+    model.save_weights(tmp_path / "first.weights.h5")
+    (x,) = read(columns, tokenizer, batch_size=10)
+
+    def go_back(batch, logs):
+        assert any((a != b).any() for a, b in zip(model.get_weights(), first))
+        losses.append(model.evaluate(columns, verbose=0)[0])
+        logits = model.predict(x, verbose=0)
+        if len(losses) == 1:
+            model.set_weights(first)
+        else:
+            model.load_weights(tmp_path / "first.weights.h5")
+        assert np.abs(model.predict(x, verbose=0) - logits).max() > 1e-4
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=go_back)
+    for _ in range(2):
+        model.fit(columns, batch_size=10, verbose=0, callbacks=[callback], shuffle=False)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for found, expected in zip(model.get_weights(), first, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_saving_within_fit(tokenizer, columns, tmp_path):
     """By the model itself, not by `callback.model`, which Keras looks after."""
     model = micro_model(tokenizer)
@@ -914,10 +941,19 @@ def test_examples_of_different_fields(tokenizer, columns):
     np.testing.assert_array_equal(x["token_ids"], expected["token_ids"])
 
 
-def test_tokenized_images_in_another_range(tokenizer, columns):
+@pytest.mark.parametrize("change", [lambda images: images * 127 + 128, lambda images: images / 0])
+def test_tokenized_images_in_another_range(tokenizer, columns, change):
     (x,) = read(columns, tokenizer, batch_size=10)
-    with pytest.raises(ValueError, match=r"floats in \[-1, 1\]"):
-        read({**x, "images": x["images"] * 127 + 128}, tokenizer)
+    with np.errstate(all="ignore"):
+        images = change(x["images"])
+    with pytest.raises(ValueError, match=r"finite floats in \[-1, 1\]"):
+        read({**x, "images": images}, tokenizer)
+
+
+def test_examples_without_an_image(tokenizer, training_inputs):
+    x = {**training_inputs, "images": training_inputs["images"][:, None][:, :0]}
+    with pytest.raises(ValueError, match=r"`images` must be \(B, M, 28, 28, 3\)"):
+        micro_model(tokenizer)(x)
 
 
 def test_bad_options(tokenizer, columns):
