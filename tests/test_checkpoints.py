@@ -554,10 +554,31 @@ def test_what_configs_of_transformers_leave_out(folder, data):
     for layer_types, window in [
         (["sliding_attention", "full_attention"] * 13, 64),
         (["full_attention"] * 26, None),
+        (None, 64),
     ]:
         values |= {"text_config": {**text, "layer_types": layer_types}}
         path.write_text(json.dumps(values))
         assert presets.find_checkpoint(folder).config.text.sliding_window == window
+    values["text_config"]["layer_types"] = ["full_attention", "sliding_attention"] * 13
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"window is that of the first block .*layer_types="):
+        presets.find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("path", ["keras_hub_tiny_paligemma2", "keras_hub_tiny_paligemma2_qscale"])
+def test_types_that_transformers_checks(data, tmp_path, path):
+    """keras_hub's configs have soft caps as integers, and we a query scale of 10.0 of one."""
+    model = PaliGemma2.from_preset(data / path)
+    model.save_hf(tmp_path / "hf")
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    text, vision = values["text_config"], values["vision_config"]
+    assert type(text["query_pre_attn_scalar"]) is int
+    for value in (
+        *(text["attn_logit_softcapping"], text["final_logit_softcapping"], text["rope_theta"]),
+        *(text["rms_norm_eps"], vision["layer_norm_eps"]),
+    ):
+        assert type(value) is float
+    assert presets.find_checkpoint(tmp_path / "hf").config == model.config
 
 
 @pytest.mark.parametrize(
@@ -877,7 +898,7 @@ def test_configs_that_others_cannot_express(data, tmp_path):
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2")
     vision = dataclasses.replace(model.config.vision, norm_eps=1e-5)
     model = PaliGemma2(dataclasses.replace(model.config, vision=vision))
-    with pytest.raises(ValueError, match=r"norm_eps=1e-6 in the vision tower. Received: 1e-05"):
+    with pytest.raises(ValueError, match=r"norm_eps=1e-6\. Received: 1e-05 in the vision tower"):
         model.save_keras_hub(tmp_path / "hub")
     assert not list(tmp_path.iterdir())
 

@@ -362,8 +362,15 @@ def _hugging_face_config(values):
             )
     max_positions = text.get("max_position_embeddings", 8_192)
     window = _window(text.get("sliding_window"), max_positions) if is_gemma2 else None
-    if "sliding_attention" not in text.get("layer_types", ["sliding_attention"]):
-        window = None
+    if layer_types := text.get("layer_types") if window else None:
+        default = [("sliding_attention", "full_attention")[i % 2] for i in range(len(layer_types))]
+        if "sliding_attention" not in layer_types:
+            window = None
+        elif layer_types != default:
+            raise ValueError(
+                "The sliding window is that of the first block and of every other one after it. "
+                f"Received: layer_types={layer_types}"
+            )
     return PaliGemmaConfig(
         SiglipConfig(
             width=vision["hidden_size"],
@@ -388,7 +395,7 @@ def _hugging_face_config(values):
             attn_logit_softcap=text.get("attn_logit_softcapping", 50.0) if is_gemma2 else None,
             final_logit_softcap=text.get("final_logit_softcapping", 30.0) if is_gemma2 else None,
             # `<image>` is the first row after the real tokens.
-            vocab_size=values.get("image_token_index", 257_152),
+            vocab_size=values.get("image_token_index", values.get("image_token_id", 257_152)),
             sliding_window=window,
             max_positions=max_positions,
             rope_base=float(text.get("rope_theta", rope.get("rope_theta", 10_000.0))),
@@ -422,14 +429,23 @@ def _hugging_face_json(config, dtype):
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": text.max_positions,
         "rope_theta": text.rope_base,
-        "rms_norm_eps": text.norm_eps,
+        "rms_norm_eps": float(text.norm_eps),
         "torch_dtype": dtype,
     }
+    scalar = text.query_pre_attn_scalar
     if text.use_post_norms:
+        # transformers 5 checks types: it wants the scalar an integer, and caps no integers.
+        if scalar != int(scalar):
+            raise ValueError(
+                "transformers has integers alone for query_pre_attn_scalar. "
+                f"Received: query_pre_attn_scalar={scalar}"
+            )
+        caps = (text.attn_logit_softcap, text.final_logit_softcap)
+        attn_cap, final_cap = (None if cap is None else float(cap) for cap in caps)
         text_config |= {
-            "query_pre_attn_scalar": text.query_pre_attn_scalar,
-            "attn_logit_softcapping": text.attn_logit_softcap,
-            "final_logit_softcapping": text.final_logit_softcap,
+            "query_pre_attn_scalar": int(scalar),
+            "attn_logit_softcapping": attn_cap,
+            "final_logit_softcapping": final_cap,
             # transformers has no "off"; no sequence is longer than this.
             "sliding_window": text.sliding_window or text.max_positions,
         }
@@ -438,10 +454,10 @@ def _hugging_face_json(config, dtype):
             "transformers has no soft caps for Gemma 1 (`use_post_norms=False`), and no sliding "
             "window."
         )
-    elif text.query_pre_attn_scalar != text.head_dim:
+    elif scalar != text.head_dim:
         raise ValueError(
             "transformers scales the queries of Gemma 1 by head_dim ** -0.5. Received: "
-            f"query_pre_attn_scalar={text.query_pre_attn_scalar}, head_dim={text.head_dim}"
+            f"query_pre_attn_scalar={scalar}, head_dim={text.head_dim}"
         )
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
@@ -462,7 +478,7 @@ def _hugging_face_json(config, dtype):
             "num_attention_heads": vision.num_heads,
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
-            "layer_norm_eps": vision.norm_eps,
+            "layer_norm_eps": float(vision.norm_eps),
             "num_image_tokens": vision.num_tokens,
             "projection_dim": text.width,
             "vision_use_head": False,
@@ -516,9 +532,10 @@ def _keras_hub_json(config, dtype):
         )
     if text.rope_base != 10_000.0:
         raise ValueError(f"keras_hub has rope_base=10000. Received: rope_base={text.rope_base}")
-    if vision.norm_eps != 1e-6:
+    if (vision.norm_eps, text.norm_eps) != (1e-6, 1e-6):
         raise ValueError(
-            f"keras_hub has norm_eps=1e-6 in the vision tower. Received: {vision.norm_eps}"
+            f"keras_hub has norm_eps=1e-6. Received: {vision.norm_eps} in the vision tower, "
+            f"{text.norm_eps} in the decoder"
         )
     return {
         "name": "pali_gemma_backbone",
