@@ -38,7 +38,7 @@ _FORMS = (
 
 def is_readable(data):
     """Whether `Batches` reads the data, so that it need not be left to Keras."""
-    if isinstance(data, (Batches, dict)) or _is_frame(data):
+    if isinstance(data, (Batches, dict)) or is_frame(data):
         return True
     if isinstance(data, tuple):  # of examples or batches, not Keras' (x, y)
         return all(isinstance(item, collections.abc.Mapping) for item in data)
@@ -76,9 +76,9 @@ class Batches(data_adapter.DataAdapter):
         self._vocab_size = vocab_size
         self._shuffle = shuffle
         self._seed = rng_utils.get_random_seed() or 0  # here, since Keras has one for each thread
-        self._num_cut = self._num_seen = 0
+        self._num_cut = self._num_lost = self._num_seen = 0
         self._has_warned = False
-        is_columns = isinstance(data, dict) or _is_frame(data)
+        is_columns = isinstance(data, dict) or is_frame(data)
         self._data = _Columns(data) if is_columns else data
         length = _length(self._data)
         is_indexed = length is not None and hasattr(self._data, "__getitem__")
@@ -203,6 +203,7 @@ class Batches(data_adapter.DataAdapter):
         ]
         self._num_seen += len(columns[1])
         self._num_cut += len(cut)
+        self._num_lost += sum(not x["loss_mask"][row].any() for row in cut)
         if cut and not self._has_warned:
             self._has_warned = True
             row = cut[0]
@@ -306,7 +307,7 @@ class Batches(data_adapter.DataAdapter):
                 "validation after each, pass a sequence, an iterable that can begin again, or an "
                 "endless generator with `steps_per_epoch` or `validation_steps`."
             )
-        self._num_cut = self._num_seen = 0
+        self._num_cut = self._num_lost = self._num_seen = 0
         _call(self._data, "on_epoch_begin")
 
     def on_epoch_end(self):
@@ -317,6 +318,14 @@ class Batches(data_adapter.DataAdapter):
                 self._num_seen,
                 self.preprocessor.sequence_length,
             )
+            if self._num_lost:
+                _LOG.warning("Of %d examples no answer was left.", self._num_lost)
+            if self._num_lost == self._num_seen:
+                raise ValueError(
+                    "All prompts are longer than the preprocessor's sequence_length="
+                    f"{self.preprocessor.sequence_length}, so there is nothing to learn. Set "
+                    "`model.preprocessor.sequence_length` to more."
+                )
         self._num_cut = 0
         _call(self._data, "on_epoch_end")
 
@@ -374,6 +383,11 @@ def columns_of(batch):
         ValueError: if a field is missing, or torch has mixed up the images of examples.
     """
     received = batch[0] if isinstance(batch, list) else batch
+    if given := {"sample_weight", "class_weight", "loss_mask"} & set(received):
+        raise ValueError(
+            f"Raw data has no {sorted(given)}. Leave examples out of it, or choose tokens by "
+            "'loss_mask' in tokenized data."
+        )
     if isinstance(batch, list):
         fields = [name for name in received if name in (*_IMAGES, *_PROMPTS, *_RESPONSES)]
         for example in batch:
@@ -419,7 +433,7 @@ class _Columns(collections.abc.Sequence):
     """Columns as a sequence of examples."""
 
     def __init__(self, columns):
-        if _is_frame(columns):
+        if is_frame(columns):
             columns = {name: list(columns[name]) for name in columns.columns}
         columns = dict(columns)
         if "token_ids" not in columns:  # by names of examples, since images are in lists then
@@ -449,7 +463,7 @@ class _Part(collections.abc.Sequence):
         return self._examples[self._indices[index]]
 
 
-def _is_frame(data):
+def is_frame(data):
     """Whether data is a data frame, of pandas or polars."""
     return hasattr(data, "columns") and hasattr(data, "to_dict") and hasattr(data, "__getitem__")
 

@@ -243,9 +243,11 @@ class PaliGemmaConfig:
             owners = [name for name, tower in self.to_dict().items() if field in tower]
             if len(owners) != 1:
                 reason = (
-                    "belongs to both towers, pass `vision=` or `text=`" if owners else "unknown"
+                    "belongs to both towers, pass `vision=` or `text=`"
+                    if owners
+                    else f"is none of {sorted(set().union(*self.to_dict().values()))}"
                 )
-                raise ValueError(f"Cannot change the config field `{field}`: it is {reason}.")
+                raise ValueError(f"Cannot change the config field `{field}`: it {reason}.")
             fields[owners[0]][field] = value
         return PaliGemmaConfig(
             **{name: dataclasses.replace(towers[name], **fields[name]) for name in towers}

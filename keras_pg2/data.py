@@ -137,6 +137,8 @@ def jsonl(path, image_folder=None, *, prefix=None, check_images=True, on_error="
 
     Source: big_vision `datasets/jsonl.py`.
     """
+    if not isinstance(prefix, str | None):
+        raise ValueError(f"`prefix` must be a str or None. Received: prefix={prefix!r}")
     path = os.path.expanduser(path)
     checks = _Checks(on_error, check_images)
     reader = _JsonLines(path, _folder(path, image_folder), prefix, checks)

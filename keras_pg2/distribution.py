@@ -3,6 +3,7 @@
 import keras
 
 from keras_pg2.checkpoints import names
+from keras_pg2.config import PaliGemmaConfig
 from keras_pg2.quantization import ROW_MULTIPLE, scheme_of_preset
 
 # Axes of each kernel: over which axis of the mesh it is split, "data" or "model". A product
@@ -39,7 +40,7 @@ def layout_map(config, device_mesh, quantize=None):
         the model is made. Needs the jax backend.
 
     Raises:
-        ValueError: if the mesh has other axes, or `quantize` is not supported.
+        ValueError: if `config` is none, the mesh has other axes, or `quantize` is not supported.
 
     Example:
         >>> mesh = keras.distribution.DeviceMesh((2, 4), ("data", "model"))
@@ -51,6 +52,11 @@ def layout_map(config, device_mesh, quantize=None):
 
     Source: big_vision `sharding.py` (`fsdp`); Megatron-LM, arXiv 1909.08053, section 3.
     """
+    if not isinstance(config, PaliGemmaConfig):
+        raise ValueError(
+            "`config` must be a PaliGemmaConfig, such as `model.config`. "
+            f"Received: config={config!r:.80}"
+        )
     if set(device_mesh.axis_names) != {"data", "model"}:
         raise ValueError(
             "`device_mesh` must have the axes 'data' and 'model'; one may have the size 1. "

@@ -126,7 +126,19 @@ class Grammar:
         self._next = []  # of each state: dict of class to state
 
     def add_class(self, token_ids):
-        """Makes tokens interchangeable. Returns the number of their class."""
+        """Makes tokens interchangeable. Returns the number of their class.
+
+        Raises:
+            ValueError: if one of them is in a class already, or outside of the vocabulary.
+        """
+        ids = np.asarray(token_ids)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self._classes)):
+            raise ValueError(
+                f"`token_ids` must be in [0, {len(self._classes)}). Received: {ids.min()} to "
+                f"{ids.max()}"
+            )
+        if known := ids[self._classes[ids] > 0].tolist():
+            raise ValueError(f"Tokens are in one class at most. In another are {known[:9]}")
         self._classes[token_ids] = self._num_classes
         self._num_classes += 1
         return self._num_classes - 1
@@ -141,7 +153,11 @@ class Grammar:
         self._next[state][token_class] = then
 
     def allow_tokens(self, state, token_ids):
-        """Allows a sequence of tokens. Returns the state after it."""
+        """Allows a sequence of tokens. Returns the state after it.
+
+        Raises:
+            ValueError: if one of them is interchangeable with others.
+        """
         for id in token_ids:
             token_class = int(self._classes[id]) or self.add_class([id])
             if (self._classes == token_class).sum() > 1:
@@ -157,7 +173,22 @@ class Grammar:
         Returns:
             dict of "classes" int32 (vocab_size,), "next" int32 (states, classes), -1 where nothing
             is allowed, and "must_grow" bool (states,).
+
+        Raises:
+            ValueError: if the grammar is of a larger vocabulary, or some state does not exist or
+                allows nothing.
         """
+        if len(self._classes) > vocab_size:
+            raise ValueError(
+                f"The grammar has {len(self._classes)} tokens, but the model only {vocab_size}."
+            )
+        named = [*self.starts, *self.must_grow, *(x for then in self._next for x in then.values())]
+        if unknown := set(named) - set(range(len(self._next))):
+            raise ValueError(
+                f"The grammar has no states {sorted(unknown)}: call `add_state` first."
+            )
+        if stuck := [state for state, then in enumerate(self._next) if not then]:
+            raise ValueError(f"In the states {stuck[:9]} of the grammar nothing is allowed.")
         num_states = -(-len(self._next) // _GRAMMAR_MULTIPLE) * _GRAMMAR_MULTIPLE
         num_classes = -(-self._num_classes // _GRAMMAR_MULTIPLE) * _GRAMMAR_MULTIPLE
         table = np.full((num_states, num_classes), -1, "int32")

@@ -1,5 +1,6 @@
 """The model: vision tower, projector and decoder joined, and what users call."""
 
+import collections.abc
 import contextlib
 import dataclasses
 import functools
@@ -401,13 +402,20 @@ class PaliGemma2(keras.Model):
         """As `keras.Model.save`, but what a file held before stays until the new one is whole.
 
         Args:
-            filepath: path that ends in ".keras". Others are left to Keras.
+            filepath: path that ends in ".keras"; or, with `zipped=False`, of a folder.
             overwrite: bool, whether a file is replaced without asking.
             zipped: see `keras.Model.save`.
 
         Raises:
             OSError: if the disk is too full.
+            ValueError: if `filepath` has another ending.
         """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "`filepath` must end in '.keras'. The older format has no tokenizer and cannot be "
+                "read again; for weights alone call `save_weights('….weights.h5')`. "
+                f"Received: filepath={filepath!r}"
+            )
         options = {"zipped": zipped, **kwargs}
         self._save_aside(super().save, filepath, overwrite, ".keras", **options)
 
@@ -458,14 +466,23 @@ class PaliGemma2(keras.Model):
         """As `keras.Model.export`: writes the program from inputs to logits, for serving.
 
         Args:
-            filepath: path.
-            format, verbose: see `keras.Model.export`.
+            filepath: path of a folder; for "onnx" and "litert" of a file, and for "torch" of one
+                that ends in ".pt2".
+            format, verbose: see `keras.Model.export`. With torch "onnx" or "torch".
             input_signature: see `keras.Model.export`. By default a list of one dict: "images" with
                 one image for each example, and texts of the preprocessor's `sequence_length`, or
                 128 tokens without one, padded. Of any number of examples, or of one with torch,
                 from which Keras exports fixed shapes alone.
             **kwargs: see `keras.Model.export`.
+
+        Raises:
+            ValueError: if Keras cannot write the format with this backend.
         """
+        if _backend.BACKEND == "torch" and format == "tf_saved_model":
+            raise ValueError(
+                "With torch pass format='onnx', or format='torch' and a path that ends in '.pt2'. "
+                f"Received: format={format!r}"
+            )
         if input_signature is None:
             size = self.config.vision.image_size
             length = self.preprocessor.sequence_length if self.preprocessor else 128
@@ -845,7 +862,7 @@ class PaliGemma2(keras.Model):
         """Runs the vision tower once, for many prompts about the same images.
 
         Args:
-            images: an image, see `generate`, or a list of images.
+            images: an image, see `Preprocessor.load_image`, or a list of images.
             batch_size: int, images in one batch.
 
         Returns:
@@ -1067,6 +1084,7 @@ class PaliGemma2(keras.Model):
         return self._detect("segment", images, things, constrained, options)
 
     def _detect(self, task, images, things, constrained, options):
+        things = things.tolist() if isinstance(things, np.ndarray) else things
         is_each = isinstance(things, (list, tuple)) and any(
             isinstance(names, (list, tuple)) for names in things
         )
@@ -1270,7 +1288,8 @@ class PaliGemma2(keras.Model):
                 with all of a list of images; in "prefix" or "prompt" of an item it makes one
                 example with several images. Tokenized data has "images", "token_ids",
                 "padding_mask" and "suffix_mask" instead, see `call`.
-            y: None. With a loss of your own, targets as `keras.Model.fit` wants them.
+            y: None. With a loss of your own `x`, `y` and `sample_weight` are arrays, as
+                `preprocessor.for_training` makes them of raw data.
             batch_size: int, for data that is not in batches already.
             callbacks: list of `keras.callbacks.Callback`. They may generate and save; to change the
                 model by `freeze`, `enable_lora`, `merge_lora`, `quantize` and the like is a
@@ -1297,6 +1316,8 @@ class PaliGemma2(keras.Model):
             >>> model.compile(keras.optimizers.AdamW(1e-4))
             >>> model.fit(keras_pg2.data.jsonl("train.jsonl"), batch_size=4, epochs=2)
         """
+        if not self.compiled or self.optimizer is None:
+            raise ValueError("Call `compile` with an optimizer before `fit`.")
         self._check_trainable()
         if self._compile_loss is None:
             _refuse_weights(kwargs)
@@ -1313,6 +1334,7 @@ class PaliGemma2(keras.Model):
             self._build_optimizer()
             options = {"callbacks": _with_watch(callbacks, x), "validation_data": validation_data}
         else:
+            _refuse_raw(x)
             options = {
                 "y": y,
                 "batch_size": batch_size,
@@ -1322,11 +1344,11 @@ class PaliGemma2(keras.Model):
                 "shuffle": shuffle,
                 "validation_batch_size": validation_batch_size,
             }
-        self._is_in_fit = True
+        was_in_fit, self._is_in_fit = self._is_in_fit, True
         try:
             return super().fit(x, **options, **kwargs)
         finally:
-            self._is_in_fit = False
+            self._is_in_fit = was_in_fit
 
     def evaluate(self, x=None, y=None, batch_size=8, **kwargs):
         """Loss and token accuracy on raw data.
@@ -1350,6 +1372,8 @@ class PaliGemma2(keras.Model):
             self._use_function_for("test_function", lambda: x.shapes)
             if _backend.BACKEND == "jax":  # where Keras makes the slots here, too
                 self._build_optimizer()
+        else:
+            _refuse_raw(x)
         try:
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)
         finally:  # after an error, too
@@ -1377,6 +1401,7 @@ class PaliGemma2(keras.Model):
 
     def _one_batch(self, function_name, x, y, options):
         if self._compile_loss is not None:
+            _refuse_raw(x)
             return x
         _refuse_weights(options)
         data, count = batches.single_batch(x)
@@ -1441,6 +1466,11 @@ class PaliGemma2(keras.Model):
         Raises:
             ValueError: if there are `options` for tokenized data, or as `fit` and `generate`.
         """
+        if x is None or isinstance(x, str):
+            raise ValueError(
+                "`x` must be raw data as in `fit`, or a dict of tokenized arrays; for a single "
+                f"image call `generate`. Received: x={x!r:.80}"
+            )
         if not _is_raw(x):
             if options:
                 raise ValueError(
@@ -1596,10 +1626,12 @@ class PaliGemma2(keras.Model):
         optimizer = getattr(self, "optimizer", None)
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         low = {v.dtype for v in self.trainable_variables} & {"bfloat16", "float16"}
-        if low and getattr(optimizer, "beta_2", 0) > 0.996:
+        # Muon has Adam for norms, biases and embeddings.
+        beta = max(getattr(optimizer, "beta_2", 0), getattr(optimizer, "adam_beta_2", 0))
+        if low and beta > 0.996:
             # Keras computes 1 - beta_2 in the dtype of the weights.
             raise ValueError(
-                f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} moves no weight in "
+                f"{type(optimizer).__name__} with beta_2={beta} moves no weight by Adam in "
                 f"{' or '.join(low)}, where beta_2 rounds to 1. Train with "
                 "dtype='mixed_bfloat16' (float32 weights), with LoRA, or with SGD."
             )
@@ -1727,7 +1759,8 @@ class PaliGemma2(keras.Model):
     def merge_lora(self):
         """Folds LoRA into the kernels, so that it costs no time; `unmerge_lora` takes it back.
 
-        The kernels as they were stay in the memory of the host until then, or `drop_lora`.
+        The kernels as they were stay in the memory of the host until then, or `drop_lora`. Files
+        and copies of the model have LoRA apart, as before.
         Callbacks of `fit` cannot do it, nor need they: `save_hf` and the like fold LoRA in.
 
         Raises:
@@ -2092,6 +2125,20 @@ def _with_portable_optimizers(config):
     return config
 
 
+def _refuse_raw(x):
+    """Refuses examples and columns of them, which only our own loss learns from."""
+    if batches.is_frame(x):
+        x = dict.fromkeys(x.columns)
+    elif isinstance(x, collections.abc.Sequence) and len(x):
+        x = x[0]
+    if isinstance(x, dict) and "token_ids" not in x:
+        raise ValueError(
+            "With a loss of your own pass arrays: `x, y, sample_weight = "
+            "model.preprocessor.for_training(images, prompts, responses)`. Raw data goes with "
+            f"`loss=None`. Received: a dict with {sorted(x)}"
+        )
+
+
 def _refuse_weights(options):
     given = [name for name in ("sample_weight", "class_weight") if options.get(name) is not None]
     if given:
@@ -2136,6 +2183,8 @@ def _starts(grammar, count):
     """The state in which each of `count` rows begins, or Nones."""
     if grammar is None:
         return [None] * count
+    if not isinstance(grammar, generation.Grammar):
+        raise ValueError(f"`grammar` must be a Grammar or None. Received: grammar={grammar!r:.80}")
     if len(grammar.starts) not in (1, count):
         raise ValueError(
             f"`grammar` must have 1 start, or {count}, one for each example. "

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 from PIL import ExifTags, Image
 
-from keras_pg2.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from keras_pg2.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
 
 _INTERPOLATIONS = ("bicubic", "bilinear")
 # What Pillow raises for damaged files.
@@ -63,7 +63,7 @@ class Preprocessor:
             were trained with) or "bicubic" (equal to transformers' processor).
 
     Raises:
-        ValueError: if an argument is out of range, or `tokenizer` a path.
+        ValueError: if an argument is out of range, or `tokenizer` is no Tokenizer.
 
     Source: big_vision `pp/ops_image.py` `get_resize`, `configs/proj/paligemma/transfers/common.py`.
     """
@@ -74,7 +74,7 @@ class Preprocessor:
                 f"`interpolation` must be one of {list(_INTERPOLATIONS)}. "
                 f"Received: interpolation={interpolation!r}"
             )
-        self.tokenizer = _no_path(tokenizer)
+        self.tokenizer = _checked_tokenizer(tokenizer)
         self.image_size = _integer("image_size", image_size, 1)
         if sequence_length is None:
             sequence_length = 128 if self.image_size <= 224 else 512
@@ -184,13 +184,13 @@ class Preprocessor:
             dict of "images" float32 (B, M, I, I, 3), "token_ids" int32 (B, T),
             "padding_mask" bool (B, T) and "suffix_mask" bool (B, T).
         """
-        _check_counts(images, prompts, responses or prompts)
+        _check_counts(images, prompts, prompts if responses is None else responses)
         texts = self.texts_for_generation(prompts, responses)
         return {"images": self.load_images(images), **texts}
 
     def texts_for_generation(self, prompts, responses=None):
         """What `for_generation` returns, without the images."""
-        pairs = zip(prompts, responses or [""] * len(prompts), strict=True)
+        pairs = zip(prompts, [""] * len(prompts) if responses is None else responses, strict=True)
         return align_right([self.tokenize(prompt, response) for prompt, response in pairs])
 
     def for_training(self, images, prompts, responses):
@@ -223,12 +223,12 @@ class Preprocessor:
         return x, y, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
 
 
-def _no_path(tokenizer):
-    """A tokenizer. A str would fail later, since it can `encode`, too."""
-    if isinstance(tokenizer, (str, os.PathLike)):
+def _checked_tokenizer(tokenizer):
+    """A Tokenizer. Others can `encode`, too, but not as PaliGemma was trained."""
+    if not isinstance(tokenizer, Tokenizer):
         raise ValueError(
-            "`tokenizer` must be a Tokenizer, such as `Tokenizer.from_file(path)`. "
-            f"Received: tokenizer={tokenizer!r}"
+            "`tokenizer` must be a keras_pg2.Tokenizer, such as `Tokenizer.from_file(path)`; those "
+            f"of other libraries add tokens of their own. Received: tokenizer={tokenizer!r:.80}"
         )
     return tokenizer
 
@@ -355,6 +355,11 @@ def checked_preprocessor(preprocessor, config):
     """The Preprocessor, or None; a ValueError unless it makes what a model of the config reads."""
     if preprocessor is None:
         return None
+    if not isinstance(preprocessor, Preprocessor):
+        raise ValueError(
+            "`preprocessor` must be a keras_pg2.Preprocessor or None. Received: "
+            f"preprocessor={preprocessor!r:.80}"
+        )
     if preprocessor.image_size != config.vision.image_size:
         raise ValueError(
             "`preprocessor` and `config` must have the same image size. Received: "

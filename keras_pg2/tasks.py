@@ -146,7 +146,7 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True)
 class Detections(collections.abc.Sequence):
-    """The objects found in an image: a sequence of `Detection`.
+    """The objects found in an image: a sequence of `Detection`, whose slices are Detections too.
 
     Attributes:
         items: tuple of Detection, in the order of the model.
@@ -168,7 +168,8 @@ class Detections(collections.abc.Sequence):
         return len(self.items)
 
     def __getitem__(self, index):
-        return self.items[index]
+        items = self.items[index]
+        return dataclasses.replace(self, items=items) if isinstance(index, slice) else items
 
     def to_dict(self):
         """A dict for JSON: "width", "height", "detections" (see `Detection.to_dict`), "text"."""
@@ -194,12 +195,12 @@ class Detections(collections.abc.Sequence):
         for item in self.items:
             if item.label not in category_ids:
                 continue
-            x1, y1, x2, y2 = item.box
+            x1, y1, x2, y2 = map(float, item.box)
             annotation = {
                 "image_id": image_id,
                 "category_id": category_ids[item.label],
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": 1.0 if item.score is None else item.score,
+                "score": 1.0 if item.score is None else float(item.score),
             }
             if item.mask is not None:
                 run_lengths = _run_lengths(item.mask)

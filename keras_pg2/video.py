@@ -30,6 +30,8 @@ def frames_from_video(path, count=16):
         import av
     except ImportError as error:
         raise ImportError("`frames_from_video` needs `pip install av`.") from error
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"`path` must be the path of a file. Received: {type(path).__name__}")
     path = os.path.expanduser(os.fspath(path))
     check_positive(count=count)
     if not os.path.isfile(path):

@@ -56,7 +56,7 @@ def test_replace():
     assert config.replace(text=text, sliding_window=5).text.depth == 2
     with pytest.raises(ValueError, match="both towers"):
         config.replace(width=3)
-    with pytest.raises(ValueError, match="`windows`: it is unknown"):
+    with pytest.raises(ValueError, match="`windows`: it is none of"):
         config.replace(windows=3)
 
 

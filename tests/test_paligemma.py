@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_pg2 import GemmaConfig, PaliGemma2, PaliGemmaConfig, Preprocessor, SiglipConfig
+from keras_pg2 import (
+    GemmaConfig,
+    PaliGemma2,
+    PaliGemmaConfig,
+    Preprocessor,
+    SiglipConfig,
+    _backend,
+)
 from keras_pg2.linear import Linear
 from tests.conftest import logits_of
 
@@ -136,6 +143,25 @@ def test_weights_that_a_subclass_adds(tmp_path):
     with pytest.raises(ValueError, match=r"no place for weights .*: head/bias, head/kernel"):
         Scored(_tiny()).save_to_preset(tmp_path / "preset")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_preprocessor(model):
+    for other in ("tokenizer.model", model.preprocessor.tokenizer):
+        with pytest.raises(ValueError, match=r"must be a keras_pg2\.Preprocessor or None"):
+            PaliGemma2(model.config, other)
+
+
+def test_files_of_the_older_format_are_refused(model, tmp_path):
+    for name in ("model.h5", "model.hdf5"):
+        with pytest.raises(ValueError, match=r"must end in '\.keras'.*save_weights"):
+            model.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="others write this format")
+def test_a_format_that_keras_cannot_export(model, tmp_path):
+    with pytest.raises(ValueError, match="With torch pass format='onnx'"):
+        model.export(tmp_path / "served")
 
 
 def test_lora_of_a_layer_that_a_subclass_adds(tmp_path):

@@ -362,10 +362,23 @@ def test_bad_options(tokenizer, options):
         Preprocessor(tokenizer, 56, **options)
 
 
-def test_the_path_of_a_tokenizer_is_none(tmp_path):
-    for path in ("tokenizer.model", tmp_path):
-        with pytest.raises(ValueError, match=r"must be a Tokenizer, .*from_file.*Received: tokeni"):
-            Preprocessor(path, 56)
+def test_what_is_no_tokenizer(tokenizer, tmp_path):
+    class Other:  # as those of transformers, which begin each text with `<bos>`
+        vocab_size = 1664
+
+        def encode(self, text):
+            return [2, *tokenizer.encode(text)]
+
+    for other in ("tokenizer.model", tmp_path, Other(), None):
+        with pytest.raises(ValueError, match=r"must be a keras_pg2\.Tokenizer, .*Received: tokeni"):
+            Preprocessor(other, 56)
+
+
+def test_columns_of_text_may_be_arrays(preprocessor, image):
+    prompts, responses = np.array(["ocr", "caption en"]), np.array(["a", ""])
+    found = preprocessor.for_generation([[image]] * 2, prompts, responses)
+    expected = preprocessor.for_generation([[image]] * 2, [*prompts], [*responses])
+    np.testing.assert_array_equal(found["token_ids"], expected["token_ids"])
 
 
 def test_copies(preprocessor, image):

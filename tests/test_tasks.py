@@ -627,6 +627,38 @@ def test_a_grammar_for_yes_and_no(model, image):
     grammar.starts.append(start)
     with pytest.raises(ValueError, match="`grammar`"):
         model.generate([image] * 3, "ocr", grammar=grammar)
+    with pytest.raises(ValueError, match="`grammar` must be a Grammar or None"):
+        model.generate(image, "ocr", grammar="yes")
+
+
+def test_grammars_that_contradict_themselves(tokenizer):
+    grammar = keras_pg2.Grammar(100)
+    grammar.add_class([10, 11])
+    with pytest.raises(ValueError, match=r"one class at most\. In another are \[11\]"):
+        grammar.add_class([11, 12])
+    with pytest.raises(ValueError, match=r"must be in \[0, 100\)\. Received: 99 to 100"):
+        grammar.add_class([99, 100])
+    state = grammar.add_state()
+    with pytest.raises(ValueError, match=r"In the states \[0\] of the grammar nothing"):
+        grammar.tables(100)
+    grammar.allow(state, 1, 7)
+    with pytest.raises(ValueError, match=r"has no states \[7\]"):
+        grammar.tables(100)
+    grammar.allow(state, 1, state)
+    grammar.starts.append(3)
+    with pytest.raises(ValueError, match=r"has no states \[3\]"):
+        grammar.tables(100)
+    with pytest.raises(ValueError, match="has 100 tokens, but the model only 99"):
+        grammar.tables(99)
+
+
+def test_slices_of_detections_are_detections():
+    items = [Detection(name, (0.0, 0.0, 6.0, np.float32(4))) for name in ("dog", "cat")]
+    found = Detections(tuple(items), 8, 9, "both")
+    assert found[1:] == Detections(tuple(items[1:]), 8, 9, "both")
+    assert found[0] is items[0]
+    annotations = json.loads(json.dumps(found.to_coco(1, {"dog": 3})))
+    assert annotations[0]["bbox"] == [0, 0, 6, 4]
 
 
 def test_saving_needs_no_codec(model, codec, tmp_path, monkeypatch):

@@ -603,12 +603,13 @@ def test_low_precision(tokenizer, columns, policy):
 
 
 @pytest.mark.slow
-def test_adam_does_nothing_in_bfloat16(tokenizer, columns):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])  # which has Adam for vectors
+def test_adam_does_nothing_in_bfloat16(tokenizer, columns, optimizer):
     model = micro_model(tokenizer, dtype="bfloat16")
-    model.compile("adam")
-    with pytest.raises(ValueError, match=r"Adam with beta_2=0.999 moves no weight in bfloat16"):
+    model.compile(optimizer)
+    with pytest.raises(ValueError, match=r"with beta_2=0.999 moves no weight by Adam in bfloat16"):
         model.fit(columns, verbose=0)
-    with pytest.raises(ValueError, match=r"Adam with beta_2=0.999 moves no weight in bfloat16"):
+    with pytest.raises(ValueError, match=r"with beta_2=0.999 moves no weight by Adam in bfloat16"):
         model.train_on_batch(columns)
     model.enable_lora(2)
     model.compile("adam")
@@ -712,6 +713,8 @@ def test_callbacks_cannot_change_the_model(tokenizer, columns):
     refused = []
 
     def change(epoch, logs):
+        with pytest.raises(ValueError, match="`batch_size` must be"):
+            model.fit(columns, batch_size=0)  # an inner one
         for name, arguments in changes.items():
             with pytest.raises(RuntimeError, match=f"`{name}` cannot be called while `fit` runs"):
                 getattr(model, name)(*arguments)
@@ -911,6 +914,22 @@ def test_long_answers_are_cut_and_counted(tokenizer, columns, caplog):
     assert last == "2 of 10 examples were longer than sequence_length=16 and were cut."
 
 
+def test_prompts_that_leave_no_answer(tokenizer, columns, caplog):
+    columns["prompts"][3] = "cat " * 99
+    preprocessor = Preprocessor(tokenizer, 28, sequence_length=16)
+    data = batches.Batches(columns, preprocessor, VOCAB_SIZE)
+    data.on_epoch_begin()
+    list(data.arrays())
+    data.on_epoch_end()
+    assert "Of 1 examples no answer was left" in caplog.text
+    columns["prompts"] = ["cat " * 99] * 10
+    data = batches.Batches(columns, preprocessor, VOCAB_SIZE)
+    data.on_epoch_begin()
+    list(data.arrays())
+    with pytest.raises(ValueError, match=r"All prompts are longer than .*sequence_length=16"):
+        data.on_epoch_end()
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops(tokenizer, columns, tmp_path):
     model = micro_model(tokenizer)
@@ -954,6 +973,38 @@ def test_examples_without_an_image(tokenizer, training_inputs):
     x = {**training_inputs, "images": training_inputs["images"][:, None][:, :0]}
     with pytest.raises(ValueError, match=r"`images` must be \(B, M, 28, 28, 3\)"):
         micro_model(tokenizer)(x)
+
+
+@pytest.mark.parametrize("name", ["sample_weight", "class_weight", "loss_mask"])
+def test_raw_data_has_no_weights(tokenizer, columns, name):
+    rows = [{**row, name: 0} for row in examples_of(columns)]
+    for data in ({**columns, name: np.zeros(10)}, rows):
+        with pytest.raises(ValueError, match=rf"Raw data has no \['{name}'\]"):
+            read(data, tokenizer)
+
+
+def test_raw_data_and_a_loss_of_ones_own(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile("sgd", loss="mse")
+    for data in (columns, examples_of(columns), data_frame("pandas", columns)):
+        for method in (model.fit, model.evaluate, model.train_on_batch, model.test_on_batch):
+            with pytest.raises(ValueError, match="With a loss of your own pass arrays"):
+                method(data)
+
+
+def test_fit_before_compile(tokenizer, columns):
+    model = micro_model(tokenizer)
+    with pytest.raises(ValueError, match="Call `compile` with an optimizer before `fit`"):
+        model.fit(columns)
+    model.compile(None)
+    with pytest.raises(ValueError, match="Call `compile` with an optimizer before `fit`"):
+        model.fit(columns)
+
+
+@pytest.mark.parametrize("x", [None, "cat.jpg"])
+def test_predict_of_no_data(tokenizer, x):
+    with pytest.raises(ValueError, match="`x` must be raw data as in `fit`"):
+        micro_model(tokenizer).predict(x)
 
 
 def test_bad_options(tokenizer, columns):
