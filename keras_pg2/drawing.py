@@ -33,7 +33,7 @@ def draw(image, detections, font=None):
     is room. A small image is enlarged by a whole factor first.
 
     Args:
-        image: an image, see `PaliGemma2.generate`.
+        image: an image, see `Preprocessor.load_image`.
         detections: Detections, as `PaliGemma2.detect` and `segment` return them.
         font: path of a TrueType font for the labels, or None for Pillow's own. That has English
             letters alone; where it lacks one, the installed font that has most of them is taken.

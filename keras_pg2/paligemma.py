@@ -147,6 +147,9 @@ class PaliGemma2(keras.Model):
     ):
         """A model with the weights of a checkpoint, recognised by its content.
 
+        What a subclass adds to the model, in `build` after `super().build()`, keeps its initial
+        values.
+
         Args:
             preset: an official name ("paligemma2-3b-mix-224"), "hf://org/repo",
                 "kaggle://owner/model/framework/variation", or the path of our own, a Hugging
@@ -220,7 +223,8 @@ class PaliGemma2(keras.Model):
         variables, layers = self.variables_by_path(), self._quantized_layers()
         shapes = {k: tuple(v.shape) for k, v in variables.items() if not _is_never_trained(k)}
         shapes |= {f"{k}/{layer.matrix_name}": layer.matrix_shape for k, layer in layers.items()}
-        wrong = sorted(set(shapes) ^ set(weights)) + [
+        added = {path for path in variables if path not in weights}  # by a subclass
+        wrong = sorted((set(shapes) ^ set(weights)) - added) + [
             f"{path}: expected {shapes[path]}, found {weights[path].shape}"
             for path in sorted(set(shapes) & set(weights))
             if shapes[path] != weights[path].shape
@@ -234,7 +238,7 @@ class PaliGemma2(keras.Model):
                 _backend.set_value(variables[path], value)
             else:
                 layers[path.rpartition("/")[0]].quantized.assign(*value)
-        self._initialize_the_rest()  # seeds
+        self._initialize_the_rest()  # seeds, and what a subclass added
 
     def _initialize_the_rest(self):
         for variable in self.variables:
@@ -528,6 +532,7 @@ class PaliGemma2(keras.Model):
     # One forward pass: training, prefill and decode differ in mask, positions and cache.
 
     def call(self, inputs, training=None):
+        inputs = {name: array for name, array in inputs.items() if array is not None}
         if training:
             for seed in self._step_seeds():
                 seed.renew()
@@ -937,7 +942,8 @@ class PaliGemma2(keras.Model):
         return (piece[0] for piece in pieces) if is_single else pieces
 
     def _align(self, inputs):
-        inputs = {name: ops.convert_to_numpy(array) for name, array in inputs.items()}
+        given = {name: array for name, array in inputs.items() if array is not None}
+        inputs = {name: ops.convert_to_numpy(array) for name, array in given.items()}
         self._check_inputs(inputs)
         return generation.align_inputs(inputs, self.config.text.vocab_size)
 
@@ -1937,6 +1943,7 @@ class PaliGemma2(keras.Model):
     # Saving, as Keras asks for it
 
     def get_config(self):
+        """What makes a model without weights and preprocessor; files and copies have them."""
         config = {
             **super().get_config(),
             "config": self.config.to_dict(),

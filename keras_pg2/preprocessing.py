@@ -543,7 +543,8 @@ def _read(image):
     if isinstance(image, Image.Image):
         return _upright(image, "the PIL image")
     if not _is_array(image):
-        raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r:.80}")
+        hint = ", which has no pixels" if hasattr(image, "tokens") else ""
+        raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r:.80}{hint}")
     image = _to_numpy(image)
     received = f"Received: an array of shape {image.shape} and dtype {image.dtype}"
     if image.ndim != 3 or image.shape[-1] not in _CHANNELS:

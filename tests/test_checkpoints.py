@@ -418,8 +418,8 @@ def test_other_forms_of_npz(data, tmp_path, monkeypatch, form):
     save(tmp_path / "other.npz", **tensors)
     reads, read = collections.Counter(), io._read_npz
     monkeypatch.setattr(io, "_read_npz", lambda *args: reads.update([args[1]]) or read(*args))
-    expected = PaliGemma2.from_preset(data / "bv_tiny_paligemma2.npz").weights_by_path()
-    weights = PaliGemma2.from_preset(tmp_path / "other.npz").weights_by_path()
+    expected = presets.find_checkpoint(data / "bv_tiny_paligemma2.npz").weights()
+    weights = presets.find_checkpoint(tmp_path / "other.npz").weights()
     for path, tensor in expected.items():
         np.testing.assert_array_equal(weights[path].read(), tensor.read())
     if form == "compressed":  # a tensor of several layers is read once

@@ -143,6 +143,23 @@ def test_weights_that_a_subclass_adds(tmp_path):
     with pytest.raises(ValueError, match=r"no place for weights .*: head/bias, head/kernel"):
         Scored(_tiny()).save_to_preset(tmp_path / "preset")
     assert not list(tmp_path.iterdir())
+    model = PaliGemma2(_tiny())
+    model.save_to_preset(tmp_path / "preset")
+    scored = Scored.from_preset(tmp_path / "preset", dtype="float32")
+    np.testing.assert_array_equal(_numpy(scored.head.bias), 0)
+    assert _numpy(scored.head.kernel).std() > 0
+    for path, variable in model.variables_by_path().items():
+        np.testing.assert_array_equal(*map(_numpy, (scored.variables_by_path()[path], variable)))
+
+
+def test_masks_may_be_none(model, inputs):
+    given = {name: inputs[name] for name in ("images", "token_ids")}
+    expected = _numpy(model(given))
+    masks = dict.fromkeys(("padding_mask", "suffix_mask", "loss_mask"))
+    np.testing.assert_array_equal(_numpy(model({**given, **masks})), expected)
+    answers = model.generate({**given, **masks}, max_new_tokens=2)
+    for answer, wanted in zip(answers, model.generate(given, max_new_tokens=2), strict=True):
+        np.testing.assert_array_equal(answer.token_ids, wanted.token_ids)
 
 
 def test_what_is_no_preprocessor(model):
