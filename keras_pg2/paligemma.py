@@ -532,7 +532,7 @@ class PaliGemma2(keras.Model):
     # One forward pass: training, prefill and decode differ in mask, positions and cache.
 
     def call(self, inputs, training=None):
-        inputs = {name: array for name, array in inputs.items() if array is not None}
+        inputs = _given(inputs)
         if training:
             for seed in self._step_seeds():
                 seed.renew()
@@ -942,8 +942,7 @@ class PaliGemma2(keras.Model):
         return (piece[0] for piece in pieces) if is_single else pieces
 
     def _align(self, inputs):
-        given = {name: array for name, array in inputs.items() if array is not None}
-        inputs = {name: ops.convert_to_numpy(array) for name, array in given.items()}
+        inputs = {name: ops.convert_to_numpy(array) for name, array in _given(inputs).items()}
         self._check_inputs(inputs)
         return generation.align_inputs(inputs, self.config.text.vocab_size)
 
@@ -2030,6 +2029,12 @@ class _Holder:
 @functools.cache
 def _official_codec():
     return SegmentationCodec.from_file()
+
+
+def _given(inputs):
+    """The inputs of a model without those that are None."""
+    known = ("images", "image_tokens", *_TEXT_INPUTS)
+    return {name: x for name, x in inputs.items() if x is not None or name not in known}
 
 
 def _is_raw(data):
