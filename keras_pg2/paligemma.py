@@ -2033,6 +2033,11 @@ def _official_codec():
 
 def _given(inputs):
     """The inputs of a model without those that are None."""
+    if not isinstance(inputs, collections.abc.Mapping):
+        raise ValueError(
+            "The model reads a dict, see `PaliGemma2`; of images and texts `generate` makes one. "
+            f"Received: {type(inputs).__name__}"
+        )
     known = ("images", "image_tokens", *_TEXT_INPUTS)
     return {name: x for name, x in inputs.items() if x is not None or name not in known}
 

@@ -152,6 +152,11 @@ def test_weights_that_a_subclass_adds(tmp_path):
         np.testing.assert_array_equal(*map(_numpy, (scored.variables_by_path()[path], variable)))
 
 
+def test_inputs_that_are_no_dict(model, inputs):
+    with pytest.raises(ValueError, match="The model reads a dict"):
+        model(inputs["images"])
+
+
 def test_masks_may_be_none(model, inputs):
     given = {name: inputs[name] for name in ("images", "token_ids")}
     expected = _numpy(model(given))
