@@ -392,7 +392,7 @@ def share_of_replica(mean, count):
 
 @contextlib.contextmanager
 def whole_step():
-    """A context for a whole step of training, or of what Keras does without, or for tracing one.
+    """A context for a whole step of `fit`, `evaluate` or `predict`, which is run or traced.
 
     torch computes in what the dtype policy says. tensorflow forgets functions with a gradient of
     their own, such as Keras' sum over replicas, which it keeps for good, and by their graphs all

@@ -380,7 +380,8 @@ def columns_of(batch):
         responses: list of str, or None without answers.
 
     Raises:
-        ValueError: if a field is missing, or torch has mixed up the images of examples.
+        ValueError: if a field is missing or has no effect, or torch has mixed up the images of
+            examples.
     """
     received = batch[0] if isinstance(batch, list) else batch
     if given := {"sample_weight", "class_weight", "loss_mask"} & set(received):

@@ -31,8 +31,8 @@ _CHECKPOINT = (
     "checkpoint (our own, Hugging Face, keras_hub, big_vision .npz)"
 )
 _IMAGE_ENDINGS = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff"),
-    ".webp",
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg"),
+    *(".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -514,11 +514,12 @@ def _read_coco(source, image_folder, checks):
     annotated, names = [], {}
     for position, image in enumerate(tqdm.tqdm(images, disable=len(images) < _MANY_ROWS)):
         with checks.row(f"{source}: image {_id(image, position)}"):
-            id, name = _field(image, "id", (int, str)), _field(image, "file_name", str)
-            if names.setdefault(id, name) != name:
+            id = _field(image, "id", (int, str))
+            if names.setdefault(id, image.get("file_name")) != image.get("file_name"):
                 raise ValueError(f"`id` {id!r} belongs to {names[id]!r} already.")
             # Each id once: annotations of an image that is there twice count once.
             if found := annotations_by_image.pop(id, None):
+                name = _field(image, "file_name", str)
                 annotated.append((checks.images(folder, name), image, found))
     return data, annotated
 

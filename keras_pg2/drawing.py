@@ -98,7 +98,7 @@ def _font(path, size, text):
     missing = _missing_letters(best, text)
     for name in _FONTS:
         if not missing:
-            return best
+            break
         try:
             font = ImageFont.truetype(name, size)
         except OSError:  # not installed

@@ -131,7 +131,7 @@ class Grammar:
         Raises:
             ValueError: if one of them is in a class already, or outside of the vocabulary.
         """
-        ids = np.asarray(token_ids)
+        ids = np.array(token_ids, "int32", ndmin=1)
         if ids.size and (ids.min() < 0 or ids.max() >= len(self._classes)):
             raise ValueError(
                 f"`token_ids` must be in [0, {len(self._classes)}). Received: {ids.min()} to "
@@ -139,7 +139,7 @@ class Grammar:
             )
         if known := ids[self._classes[ids] > 0].tolist():
             raise ValueError(f"Tokens are in one class at most. In another are {known[:9]}")
-        self._classes[token_ids] = self._num_classes
+        self._classes[ids] = self._num_classes
         self._num_classes += 1
         return self._num_classes - 1
 

@@ -185,6 +185,11 @@ class PaliGemma2(keras.Model):
         """
         if quantize:
             scheme_of_preset(quantize)  # raises before anything is downloaded
+        if dtype in ("int8", "int4"):
+            raise ValueError(
+                "`dtype` is that of activations and of weights that are not quantized: pass "
+                f"`quantize={dtype!r}`. Received: dtype={dtype!r}"
+            )
         if compilation_cache is not None:
             _backend.compilation_cache(compilation_cache)
         checkpoint = presets.find_checkpoint(preset)
@@ -196,11 +201,6 @@ class PaliGemma2(keras.Model):
             config = resized
         config = config.replace(**changes)
         preprocessor = checkpoint.make_preprocessor(config.vision.image_size, tokenizer)
-        if dtype in ("int8", "int4"):
-            raise ValueError(
-                f"`dtype` is that of activations and of weights that are not quantized: pass "
-                f"`quantize={dtype!r}`. Received: dtype={dtype!r}"
-            )
         policy = keras.dtype_policies.get(_backend.fastest_dtype() if dtype == "auto" else dtype)
         # Reading begins while the model is made, unless only its layers know how to read.
         is_plain = not quantize and not isinstance(policy, keras.dtype_policies.DTypePolicyMap)
@@ -1764,9 +1764,9 @@ class PaliGemma2(keras.Model):
     def merge_lora(self):
         """Folds LoRA into the kernels, so that it costs no time; `unmerge_lora` takes it back.
 
-        The kernels as they were stay in the memory of the host until then, or `drop_lora`. Files
-        and copies of the model have LoRA apart, as before.
-        Callbacks of `fit` cannot do it, nor need they: `save_hf` and the like fold LoRA in.
+        The kernels as they were stay in the memory of the host until then, or `drop_lora`. Copies
+        of the model, and what `save` writes, have LoRA apart, as before. Callbacks of `fit` cannot
+        do it, nor need they: `save_hf` and the like fold LoRA in.
 
         Raises:
             ValueError: if LoRA is not enabled, is merged already, or a kernel is quantized.
@@ -1805,13 +1805,13 @@ class PaliGemma2(keras.Model):
     def save_adapter(self, folder, base_model=None, *, overwrite=False):
         """Writes LoRA alone, as PEFT does: `adapter_config.json`, `adapter_model.safetensors`.
 
+        PEFT finds LoRA of the projector with transformers 4.52 and later alone.
+
         Args:
             folder: path, made if missing.
             base_model: str or None, name or path of the model that the adapter belongs to, as
                 "google/paligemma2-3b-pt-224"; PEFT's `AutoPeftModel` asks for it.
             overwrite: bool, whether to replace an adapter that is there.
-
-        PEFT finds LoRA of the projector with transformers 4.52 and later alone.
 
         Raises:
             FileExistsError: if there is an adapter and `overwrite` is False.

@@ -342,7 +342,7 @@ def check_tokenized(token_ids, images, vocab_size):
         )
     if images is None:
         return
-    # Those in bfloat16 are of a kind of its own.
+    # Kind "V" is bfloat16.
     if images.dtype.kind not in "fV" or not (np.abs(images.astype("float32")) <= 1.01).all():
         raise ValueError(
             "`images` of tokenized data must be finite floats in [-1, 1], as "

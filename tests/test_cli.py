@@ -95,6 +95,13 @@ def test_an_image_from_a_pipe(data, folder, capsys):
         os.close(reader)
 
 
+def test_endings_of_images(tmp_path):
+    names = ["a.JPG", "b.jfif", "c.avif", "d.jp2", "e.ppm", "f.webp", "notes.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert cli._image_paths([str(tmp_path)]) == [str(tmp_path / name) for name in names[:-1]]
+
+
 @pytest.mark.slow_if_compiled
 def test_detect(data, folder, capsys, tmp_path):
     command = ["detect", str(folder), "cat ; dog", "--constrained", "--max-new-tokens", "9"]

@@ -366,9 +366,10 @@ def test_boxes_without_a_width_or_a_height_are_left_out(folder, caplog):
 def test_an_id_of_two_images(folder):
     content = json.loads(_coco(folder, [_annotation(1)]).read_text())
     content["images"].append({**content["images"][0]})  # says the same
+    content["images"].append({"id": 99})  # of no annotation
     (example,) = data.coco_detection(_save(folder / "coco.json", content))
     assert example["image"] == str(folder / "0.png")
-    content["images"][-1]["file_name"] = "1.png"
+    content["images"][-2]["file_name"] = "1.png"
     with pytest.raises(ValueError, match=r"image 1: `id` 1 belongs to '0\.png' already"):
         data.coco_detection(_save(folder / "coco.json", content))
 

@@ -634,6 +634,7 @@ def test_a_grammar_for_yes_and_no(model, image):
 def test_grammars_that_contradict_themselves(tokenizer):
     grammar = keras_pg2.Grammar(100)
     grammar.add_class([10, 11])
+    grammar.add_class([])  # as of a tokenizer without segments
     with pytest.raises(ValueError, match=r"one class at most\. In another are \[11\]"):
         grammar.add_class([11, 12])
     with pytest.raises(ValueError, match=r"must be in \[0, 100\)\. Received: 99 to 100"):

@@ -38,7 +38,7 @@ MODEL_FILES = [
     *("preprocessor.json", "task.json", "assets/tokenizer/vocabulary.spm"),
 ]
 _PRESET_VERSION = 1
-# transformers 4.47 to 4.49 left `num_attention_heads` of the 3B out.
+# Of transformers' Gemma2Config. Releases 4.47 to 4.49 left the 3B's `num_attention_heads` out.
 _GEMMA2_DEFAULTS = {
     "hidden_size": 2304,
     "num_hidden_layers": 26,
