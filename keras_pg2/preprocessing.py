@@ -479,7 +479,7 @@ def _resize(levels, size):
         np.matmul(weights, rows[near].astype("float32"), out=low[new])
     resized = np.empty((size, size * 3), "float32")
     for new, near, weights in _triangles(width, size, 3):
-        resized[:, new] = low[:, near] @ weights.T
+        np.matmul(low[:, near], weights.T, out=resized[:, new])
     return resized.reshape(size, size, 3)
 
 
