@@ -163,7 +163,7 @@ def topology(device):
 
 
 def compile_programs(device, batch_size, image_size, dtype, mode):
-    _backend.has_gpu_with_jax = lambda: device == "h200"
+    _backend.has_jax_gpu = lambda: device == "h200"
     target = topology(device).devices[0]
     config = keras_pg2.PaliGemmaConfig.from_variant("paligemma2-3b", image_size)
     cache_length = config.vision.num_tokens + MAX_TEXT_LENGTH

@@ -24,7 +24,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 _LOG = logging.getLogger(__name__)
 BACKEND = keras.config.backend()
 IS_COMPILED = BACKEND != "torch"  # whether programs are compiled for the shapes of their inputs
-_MAX_FEW_ROWS = 8  # to which products on a CPU are fitted; many need another layout
+_MAX_FEW_ROWS = 8  # for which products on a CPU have code of their own; more need another layout
 # From more rows on, products with a quantized matrix are faster if it is decoded before.
 MAX_QUANTIZED_ROWS = {
     "jax": {"int8": 64, "int4": 64},
@@ -36,7 +36,7 @@ MASKED_LOGIT = -2.3819763e38
 _INNER_TILES = 8  # of torch's product of int4 on a GPU
 _INT4_COLUMNS = 16 * _INNER_TILES  # that lie beside each other there
 _KEYS_CAST = 512  # keys, and values, that are cast to float32 at a time where that is faster
-_MAX_LOGITS = 2**20  # of a head and example, in memory at a time
+_MAX_ATTENTION_LOGITS = 2**20  # of a head and example, in memory at a time
 # The same of all heads and examples with torch on a CPU, where larger memory than 32 MiB goes back
 # to the system when it is freed, and is cleared page by page when it is taken again.
 _MAX_CPU_LOGITS = 2**22
@@ -109,12 +109,12 @@ class Programs:
 
     Attributes:
         compilations: list of str, the name of a program for each time it was traced.
-        functions: dict, Keras' own functions by their shapes, see `PaliGemma2._use_function_for`.
+        functions: dict, Keras' functions by name and shapes, see `PaliGemma2._use_function_for`.
         graphs: `_Graphs`, CUDA graphs that were recorded; None if torch has no GPU.
     """
 
     def __init__(self, compile_steps=False):
-        self.compile_steps, self.graphs = compile_steps, _Graphs() if has_cuda() else None
+        self.compile_steps, self.graphs = compile_steps, _Graphs() if has_torch_gpu() else None
         self.compilations, self.functions = [], {}
         self._programs, self._sampler_programs, self._parts = {}, {}, {}
         self._content, self._places, self._sampler = [], [], None
@@ -712,41 +712,41 @@ def in_chunks(function, tensors, max_length, shared=()):
 
 def _unrolled(function, tensors, max_length):
     length = tensors[0].shape[1]
-    part_length = -(-length // -(-length // max_length))  # no short part at the end
-    starts = range(0, length, part_length)
-    outputs, outer = [], part_number()
+    chunk_length = -(-length // -(-length // max_length))  # no short chunk at the end
+    starts = range(0, length, chunk_length)
+    outputs, outer = [], chunk_number()
     try:
-        for _state.part, start in enumerate(starts):
-            outputs.append(function(*(x[:, start : start + part_length] for x in tensors)))
+        for _state.chunk, start in enumerate(starts):
+            outputs.append(function(*(x[:, start : start + chunk_length] for x in tensors)))
     finally:
-        _state.part = outer
+        _state.chunk = outer
     return ops.concatenate(outputs, axis=1)
 
 
-def part_number():
-    """int, which part of a sequence `in_chunks` computes at the moment, other than in programs."""
-    return getattr(_state, "part", 0)
+def chunk_number():
+    """int, which chunk of a sequence `in_chunks` computes at the moment, other than in programs."""
+    return getattr(_state, "chunk", 0)
 
 
 def _looped(function, tensors, max_length):
     # Outputs are written over inputs that were read. Otherwise XLA for CPUs begins with all parts,
     # or with the memory of all outputs, at once.
     length = tensors[0].shape[1]
-    part_length = equal_part(length, max_length)
-    if 2 * part_length < max_length:  # no fitting divisor
+    chunk_length = equal_part(length, max_length)
+    if 2 * chunk_length < max_length:  # no fitting divisor
         count = -(-length // max_length)
-        part_length = -(-length // count)
-        padding = count * part_length - length
+        chunk_length = -(-length // count)
+        padding = count * chunk_length - length
         pads = [[(0, 0)] * len(x.shape) for x in tensors]
         padded = [ops.pad(x, [pad[0], (0, padding), *pad[2:]]) for x, pad in zip(tensors, pads)]
-        return _looped(function, padded, part_length)[:, :length]
+        return _looped(function, padded, chunk_length)[:, :length]
 
     def step(index, outputs):
-        start = index * part_length
-        parts = [read(x, start, part_length) for x in (outputs, *tensors[1:])]
+        start = index * chunk_length
+        parts = [read(x, start, chunk_length) for x in (outputs, *tensors[1:])]
         return write(outputs, function(*parts), start)
 
-    return repeat(step, length // part_length, tensors[0])
+    return repeat(step, length // chunk_length, tensors[0])
 
 
 def equal_part(length, max_length):
@@ -755,7 +755,7 @@ def equal_part(length, max_length):
     return next(length // count for count in counts if length % count == 0)
 
 
-def in_cache(function, tensors):
+def by_position(function, tensors):
     """`function(*tensors)`; torch on a CPU takes a position (axis 1) at a time, in its caches.
 
     Args:
@@ -829,7 +829,7 @@ def fused_attention(query, key, value, mask):
 
 def max_queries(query, key):
     """How many queries' logits may be in memory at a time; shapes as in `attention.attention`."""
-    limit = _MAX_LOGITS
+    limit = _MAX_ATTENTION_LOGITS
     if BACKEND == "torch" and query.device.type == "cpu":
         limit = min(limit, _MAX_CPU_LOGITS // (query.shape[0] * query.shape[2]))
     return max(1, limit // key.shape[2]) if isinstance(key.shape[2], int) else math.inf
@@ -872,7 +872,7 @@ def attention_logits(query, key):
         return _logits_of_one(query, key)
     if BACKEND != "jax":
         return einsum_float32("btkgh,bksh->bktgs", query, key)
-    if not has_gpu_with_jax():  # on a CPU faster with the key first, on a TPU the same
+    if not has_jax_gpu():  # on a CPU faster with the key first, on a TPU the same
         return jnp.moveaxis(einsum_float32("btkgh,bksh->bkstg", query, key), 2, 4)
     # With T and G as one axis XLA for GPUs has one kernel from here to the product with the values.
     batch_size, length, num_kv_heads, group_size, head_dim = query.shape
@@ -1515,12 +1515,12 @@ def _has_torch_product(x, mode):
     return is_small and has_device and not torch.is_grad_enabled()
 
 
-def has_cuda():
+def has_torch_gpu():
     """Whether torch has a GPU."""
     return BACKEND == "torch" and torch.cuda.is_available()
 
 
-def has_gpu_with_jax():
+def has_jax_gpu():
     """Whether jax computes on a GPU, unless told otherwise."""
     return BACKEND == "jax" and jax.default_backend() == "gpu"
 

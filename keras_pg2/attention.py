@@ -1,6 +1,6 @@
 """Attention shared by both towers: masks, positions, rotary embedding, soft-capped attention.
 
-Pure functions of tensors. Axis letters, here and in every docstring of the package:
+Pure functions of tensors. Axis letters, here and where a docstring says nothing else:
 
     B batch               N query heads          D width (of the tower at hand)
     M images per example  K key/value heads      F mlp_dim

@@ -89,7 +89,10 @@ def _parser():
         task.add_argument(
             "--stream", action="store_true", help="show the answer while it is made; one image"
         )
-    for name, help in (("detect", "find things, with boxes"), ("segment", "and with masks")):
+    for name, help in (
+        ("detect", "find things, with boxes"),
+        ("segment", "find things, with boxes and masks"),
+    ):
         task = _add_task(commands, name, help)
         task.add_argument("things", help='names of what to find, such as "cat ; dog"')
         task.add_argument(
@@ -365,15 +368,15 @@ def _info(options):
     # Key and value of each token in each block; weights and cache are all but all of the need.
     cache_values = 2 * text.depth * text.num_kv_heads * text.head_dim
     tokens = config.vision.num_tokens + 128
+    sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
     info = {
         "kind": kind,
         "config": config.to_dict(),
         "parameters": {**parameters, "total": total},
         "stored_parameters": dict(stored),
-        "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total, "float16": 2 * total},
+        "weight_bytes": {dtype: size * total for dtype, size in sizes.items()},
         "generate_bytes": {
-            "bfloat16": 2 * (total + cache_values * tokens),
-            "float32": 4 * (total + cache_values * tokens),
+            dtype: size * (total + cache_values * tokens) for dtype, size in sizes.items()
         },
     }
     if options.json:

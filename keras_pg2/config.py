@@ -123,7 +123,7 @@ class GemmaConfig:
         attn_logit_softcap: float or None; attention logits become `cap * tanh(logits / cap)`.
         final_logit_softcap: float or None, the same for the token logits. The PaliGemma 2
             paper switched the caps off for transfer.
-        sliding_window: int or None; on even layers a suffix token sees only the last
+        sliding_window: int or None; in even blocks a suffix token sees only the last
             `sliding_window` tokens. PaliGemma was trained without a window.
         vocab_size: int, 256,000 Gemma tokens, 1,024 locations and 128 segmentation codes.
         max_positions: int, longest sequence of image and text tokens.

@@ -13,7 +13,7 @@ from keras_pg2.drawing import draw
 from keras_pg2.preprocessing import image_pixels
 from keras_pg2.tiny import SAMPLES
 
-MAX_FILE_SIZE = "10mb"
+_MAX_FILE_SIZE = "10mb"
 _MAX_PIXELS = 16 * 10**6
 _MAX_TEXT = 400  # characters of a question
 
@@ -170,7 +170,7 @@ def launch(model, title="PaliGemma 2", host="127.0.0.1", port=7860, share=False)
             share=share,
             inbrowser=False,
             quiet=True,
-            max_file_size=MAX_FILE_SIZE,
+            max_file_size=_MAX_FILE_SIZE,
             app_kwargs={"middleware": [Middleware(_RefuseAddresses)]},
             prevent_thread_lock=True,
         )

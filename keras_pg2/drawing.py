@@ -64,21 +64,21 @@ def draw(image, detections, font=None):
     scale = max(1, round(_SMALLEST_SIDE / max(width, height)))
     levels = levels.repeat(scale, axis=0).repeat(scale, axis=1)
     # Small things last, so that they lie on top.
-    order = sorted(detections, key=lambda item: -_area(item.box))
+    items = sorted(detections, key=lambda item: -_area(item.box))
     unit = math.sqrt(height * width) * scale
     line = max(1, round(unit * 0.004))
-    for item in order:
+    for item in items:
         if item.mask is not None:
             _paint_mask(levels, item.mask.repeat(scale, 0).repeat(scale, 1), _color(item), line)
     drawn = Image.fromarray(levels.round().clip(0, 255).astype("uint8"))
     canvas = ImageDraw.Draw(drawn)
-    for item in order:
+    for item in items:
         box = [place * scale for place in item.box]
         _frame(canvas, box, _color(item), line, drawn.size)
-    texts = [" ".join(filter(None, [item.label, _percent(item.score)])) for item in order]
+    texts = [" ".join(filter(None, [item.label, _percent(item.score)])) for item in items]
     font = _font(font, max(11, round(unit * _TEXT_SHARE)), "".join(texts))
     taken = []
-    for item, text in zip(reversed(order), reversed(texts)):
+    for item, text in zip(reversed(items), reversed(texts)):
         if text:
             box = [place * scale for place in item.box]
             taken.append(_label(canvas, box, text, _color(item), font, line, drawn.size, taken))

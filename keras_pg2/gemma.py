@@ -38,7 +38,7 @@ class RMSNorm(DirectCall, layers.Layer):
 
 
 class GemmaAttention(DirectCall, layers.Layer):
-    """Grouped-query self-attention with rotary embedding, of what `project` makes.
+    """Grouped-query self-attention; `project` makes its arguments, with rotary embedding.
 
     Args:
         config: GemmaConfig.

@@ -36,8 +36,9 @@ class Greedy:
 class Sample:
     """A random token at each step. The filters apply in the order of the arguments.
 
-    The random numbers come from NumPy, one stream per example: a seed gives the same text on
-    every backend and with every batch size.
+    The random numbers come from NumPy, one stream per example: a seed draws the same ones on
+    every backend and with every batch size, so that in one dtype the text is the same, rounding
+    aside.
 
     Args:
         temperature: float, divides the logits; below 1 is closer to greedy.
@@ -345,7 +346,7 @@ def _pad_to_buckets(model, inputs, num_added, added_by="`max_new_tokens`"):
             f"`prompts` + {num_added} of {added_by}. Shorten the prompt, or lower that number."
         )
     total = length + num_added
-    is_compiled = _backend.IS_COMPILED or model.programs.compile_steps or _backend.has_cuda()
+    is_compiled = _backend.IS_COMPILED or model.programs.compile_steps or _backend.has_torch_gpu()
     if is_compiled:
         length = next(bucket for bucket in _BUCKETS if length <= bucket)
         total = math.ceil((length + num_added) / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
@@ -401,7 +402,7 @@ def _advance(model, method, state, limit):
     """Decodes until `limit` tokens are there or all rows are done."""
     num_rows = state["done"].shape[0] * (method.num_beams if isinstance(method, Beam) else 1)
     is_quantized = model.text.embedding.quantized is not None
-    pads = num_rows == 1 and _backend.has_gpu_with_jax() and not is_quantized
+    pads = num_rows == 1 and _backend.has_jax_gpu() and not is_quantized
 
     def step(state):
         token, index, cache = (state[name] for name in ("token", "index", "cache"))

@@ -32,8 +32,8 @@ def activation_dtype(compute_dtype):
 class StepSeed(keras.random.SeedGenerator):
     """A seed that stays the same within a training step.
 
-    With rematerialization a block runs twice in a step and must drop the same values. The parts
-    of a long sequence drop their own. `PaliGemma2.call` renews all seeds before a step.
+    With rematerialization a block runs twice in a step and must drop the same values. Each chunk
+    of a long sequence drops its own. `PaliGemma2.call` renews all seeds before a step.
     """
 
     def __init__(self):
@@ -41,8 +41,8 @@ class StepSeed(keras.random.SeedGenerator):
         super().__init__(random.randint(1, 10**9))
 
     def next(self, ordered=True):
-        part = ops.convert_to_tensor([_backend.part_number(), 0], self.state.dtype)
-        return self.state.value + part
+        chunk = ops.convert_to_tensor([_backend.chunk_number(), 0], self.state.dtype)
+        return self.state.value + chunk
 
     def renew(self):
         """Goes on to the seed of the next step."""
@@ -145,8 +145,8 @@ class Linear(Quantizable, DirectCall, keras.layers.Dense):
     def enable_lora(self, rank, alpha=None, dropout=0.0):
         """Adds LoRA and freezes the kernel. The output stays what it was: B starts at zero.
 
-        In a `PaliGemma2` call the model's methods of this and the following names instead: they
-        also have programs compiled anew.
+        Of a `PaliGemma2` use the model's methods of this and the following names: they also
+        have its programs compiled anew.
 
         Args:
             rank: int.

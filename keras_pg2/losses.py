@@ -54,7 +54,7 @@ def token_losses(
     Returns:
         loss: float32 scalar, the sum of weights times cross-entropies. It alone has a gradient.
         losses: float32 (B, T), the cross-entropies, 0 where the weight is.
-        is_correct: float32 (B, T), 1 where the most likely token is the target, else 0.
+        hits: float32 (B, T), 1 where the most likely token is the target, else 0.
 
     Source: big_vision `trainers/proj/paligemma/train.py`, `loss_fn`.
     """
@@ -80,7 +80,7 @@ def token_losses(
     train_embeddings = train_embeddings and is_differentiable
 
     def losses_of(logits, targets, weights):
-        """Losses and hits (B, t), and the gradient of the losses (B, t, V), without weights."""
+        """Losses and hits (B, chunk), and the gradient of the losses (B, chunk, V), unweighted."""
         slope = None
         if softcap is not None:
             capped = ops.tanh(logits / softcap)
@@ -105,7 +105,7 @@ def token_losses(
     def chunk_losses(matrix, hidden, targets, weights):
         """Losses and hits (B, chunk), and the gradients of the losses' weighted sum."""
         logits = multiply(ops.cast(hidden, dtype), *matrix)
-        losses, hits, *gradient = _backend.in_cache(losses_of, [logits, targets, weights])
+        losses, hits, *gradient = _backend.by_position(losses_of, [logits, targets, weights])
         if not is_differentiable:
             return losses, hits, None, None
         # Weights come last: times 1 / 1,000 the gradients would underflow in float16.

@@ -155,8 +155,9 @@ class PaliGemma2(keras.Model):
                 "kaggle://owner/model/framework/variation", or the path of our own, a Hugging
                 Face or a keras_hub folder, or of a big_vision `.npz`.
             dtype: dtype policy or its name; weights are cast while they are read. "auto" is
-                bfloat16 on accelerators and with torch, and float32 with JAX and TensorFlow
-                on a CPU, where their bfloat16 products are over ten times slower.
+                bfloat16 on accelerators (float16 on GPUs without it) and with torch on a CPU, and
+                float32 with JAX and TensorFlow on a CPU, where their bfloat16 products are over
+                ten times slower.
             quantize: None, "int8", "int4" or a `QuantizationConfig`: how to quantize each weight
                 as soon as it is read, see `quantize`. The whole model is never in memory
                 unquantized.
@@ -359,6 +360,9 @@ class PaliGemma2(keras.Model):
         `sequence_length`, interpolation, dropout, `max_positions` or `sliding_window=4096` from it.
 
         Args: those of `save_hf`.
+
+        Raises:
+            FileExistsError, ValueError: as `save_hf`, with keras_hub in place of transformers.
         """
         self._save(folder, "keras-hub", dtype, overwrite)
 
@@ -424,7 +428,8 @@ class PaliGemma2(keras.Model):
         self._save_aside(super().save, filepath, overwrite, ".keras", **options)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
-        """As `keras.Model.save_weights`, but a file that is replaced stays until then, as above.
+        """As `keras.Model.save_weights`, but a file that is replaced stays until the new one is
+        whole.
 
         Args:
             filepath: path that ends in ".weights.h5". Others are left to Keras.
@@ -558,7 +563,7 @@ class PaliGemma2(keras.Model):
         num_examples = ops.sum(ops.cast(num_tokens > 0, "float32"))
         shares = counts / ops.maximum(num_tokens, 1)[:, None]  # of the mean of an example
         embedding = self.text.embedding
-        loss, losses, is_correct = token_losses(
+        loss, losses, hits = token_losses(
             _backend.take_rows(hidden, order),
             embedding.quantized or embedding.matrix(),
             ops.take_along_axis(ops.cast(token_ids[:, 1:], "int32"), order, axis=1),
@@ -571,7 +576,7 @@ class PaliGemma2(keras.Model):
             "loss": loss,
             "example_losses": ops.sum(shares * losses, axis=1),
             "num_tokens": num_tokens,
-            "num_correct": ops.sum(is_correct, axis=1),
+            "num_correct": ops.sum(hits, axis=1),
         }
 
     def suffix_log_likelihoods(self, hidden, token_ids, weights):
@@ -787,10 +792,10 @@ class PaliGemma2(keras.Model):
                 prompts; it is encoded once then.
             responses: None, str, or list of str, the beginnings of the answers.
             max_new_tokens: int, most tokens to generate.
-            sampler: "greedy", "random", "top_k", "top_p" or "beam"; a `Greedy`, `Sample` or
-                `Beam` object; or a `keras_hub.samplers.Sampler`.
-            seed: int or None, for `Sample`: the same seed gives the same text, on every
-                backend and with every `batch_size`.
+            sampler: "greedy", "random", "top_k" (of the 40 likeliest), "top_p" (0.9) or "beam" (4
+                beams); a `Greedy`, `Sample` or `Beam` object; or a `keras_hub.samplers.Sampler`.
+            seed: int or None, for `Sample`: the same seed draws the same random numbers, on
+                every backend and with every `batch_size`.
             stop: str or tuple of str; an answer ends before the first of them.
             batch_size: int, examples in one batch; the next batch is read meanwhile. Token ids
                 form one batch as they are.
@@ -978,7 +983,7 @@ class PaliGemma2(keras.Model):
 
         Args:
             images: an image, see `generate`, or a list of images.
-            lang: str, code of one of the 34 languages of the training, such as "en" or "de".
+            lang: str, code of a language of the training, such as "en" or "de".
             style: "short" (a few words), "coco" (a sentence) or "detailed". Checkpoints named
                 "mix" know the last two.
             **options: options of `generate`, such as `max_new_tokens`.
@@ -1296,8 +1301,8 @@ class PaliGemma2(keras.Model):
             y: None. With a loss of your own `x`, `y` and `sample_weight` are arrays, as
                 `preprocessor.for_training` makes them of raw data.
             batch_size: int, for data that is not in batches already.
-            callbacks: list of `keras.callbacks.Callback`. They may generate and save; to change the
-                model by `freeze`, `enable_lora`, `merge_lora`, `quantize` and the like is a
+            callbacks: list of `keras.callbacks.Callback`. They may generate and save;
+                `freeze`, `enable_lora`, `merge_lora`, `quantize` and the like raise a
                 RuntimeError.
             validation_split: float in [0, 1), the share of the examples at the end that is used
                 for validation.
@@ -1462,7 +1467,7 @@ class PaliGemma2(keras.Model):
             batch_size: int, for data that is not in batches already.
             verbose: 0 for no progress bar.
             steps: int or None, most batches to read.
-            callbacks: for tokenized data, see `keras.Model.predict`.
+            callbacks: for tokenized data alone, see `keras.Model.predict`.
             **options: options of `generate`, such as `max_new_tokens`.
 
         Returns:
@@ -1491,6 +1496,8 @@ class PaliGemma2(keras.Model):
                 )
             finally:
                 _backend.sync_values(self)
+        if callbacks:
+            raise ValueError("Of raw data `predict` calls no `callbacks`: leave them out.")
         data = self._batches(x, None, batch_size)
         # One for all batches, so that the answers are those of another batch size.
         options["seed"] = generation.seed_sequence(options.get("seed"))
@@ -1680,9 +1687,7 @@ class PaliGemma2(keras.Model):
     # LoRA
 
     @_not_in_fit
-    def enable_lora(
-        self, rank=8, alpha=None, dropout=0.0, pattern="text/.*(query|key|value|output)"
-    ):
+    def enable_lora(self, rank=8, alpha=None, dropout=0.0, pattern="attention"):
         """Adds LoRA to layers chosen by their paths, and freezes everything else.
 
         Call `compile` after it, so that the optimizer knows the new variables.
@@ -1802,7 +1807,7 @@ class PaliGemma2(keras.Model):
         self._unfreeze()
         self._renew_programs()
 
-    def save_adapter(self, folder, base_model=None, *, overwrite=False):
+    def save_adapter(self, folder, *, base_model=None, overwrite=False):
         """Writes LoRA alone, as PEFT does: `adapter_config.json`, `adapter_model.safetensors`.
 
         PEFT finds LoRA of the projector with transformers 4.52 and later alone.
@@ -1823,7 +1828,7 @@ class PaliGemma2(keras.Model):
         _backend.sync_values(self)
         adapters.save_adapter(self, folder, base_model, overwrite)
 
-    def upload_adapter(self, target, base_model=None):
+    def upload_adapter(self, target, *, base_model=None):
         """Uploads what `save_adapter` writes to Hugging Face or Kaggle.
 
         Args:
@@ -1835,7 +1840,7 @@ class PaliGemma2(keras.Model):
             ValueError: if LoRA is not enabled, or `target` is of neither hub.
         """
         self._require_lora()
-        presets.upload(target, lambda path: self.save_adapter(path, base_model))
+        presets.upload(target, lambda path: self.save_adapter(path, base_model=base_model))
 
     def load_adapter(self, folder):
         """Enables LoRA on the layers that an adapter of PEFT or `save_adapter` has.

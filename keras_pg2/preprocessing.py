@@ -485,7 +485,7 @@ def _resize(levels, size):
 
 @functools.lru_cache(maxsize=64)
 def _triangles(length, count, num_channels):
-    """The weights of old pixels along an axis in eight new ones at a time, for all of them.
+    """Weights of the old pixels along an axis in the new ones, eight new ones at a time.
 
     Args:
         length, count: int, old and new number of pixels.

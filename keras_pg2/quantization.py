@@ -5,7 +5,8 @@
     int8:  value = code · scale                   code in -127 … 127
     int4:  value = (code - 8) · scale + offset    code in 0 … 15, two of them in a byte
 
-Rows are outputs: a kernel (in, out) is quantized as its transpose.
+Rows are outputs: a kernel (in, out) is quantized as its transpose. Axis letters here and in the
+products of `_backend` with such matrices: R rows, C columns, G columns that share a scale.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from keras_pg2 import _backend
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 64  # rows that torch's product of int4 reads at a time
 # Decoded elements in memory at a time, with a compiler and with torch on a GPU or a CPU.
-_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**25 if _backend.has_cuda() else 2**21
+_MAX_DECODED = 2**27 if _backend.IS_COMPILED else 2**25 if _backend.has_torch_gpu() else 2**21
 # The same where XLA compiles for a CPU: for many rows of inputs, and for a few.
 _MAX_DECODED_ON_CPU = (2**26, 2**19)
 _MAX_DECODED_BACK = 2**25  # the same in gradients, with a compiler
@@ -104,7 +105,7 @@ class QuantizedMatrix(keras.layers.Layer):
         group_size: int, columns that share a scale, or None for "int8".
 
     Attributes:
-        codes: int8 (R, C); or uint8 (groups / 2, R, group size), R rounded up to whole tiles and
+        codes: int8 (R, C); or uint8 (groups / 2, R, G), R rounded up to whole tiles and
             the groups of columns to an even number. The lower half of a byte belongs to one of
             the first half of the groups, the upper half to one of the second: so compilers unpack
             them inside the product. With torch the bytes may lie in memory as its product
@@ -184,8 +185,9 @@ class QuantizedMatrix(keras.layers.Layer):
 
         Args:
             x: float (..., C).
-            in_float32: bool, whether the result is not rounded to the dtype of `x`; where it is
-                nevertheless, only the largest are exact, see `_backend.refined`.
+            in_float32: bool, whether the result is float32, not in the dtype of `x`. Where
+                torch's own product rounds, the largest are computed again, see
+                `_backend.refined`.
 
         Returns:
             float (..., R).

@@ -64,7 +64,7 @@ class Recipe:
     lora: Mapping | None = None
     source: str = ""
 
-    def schedule(self, num_examples, batch_size=None, epochs=None, accumulate=1):
+    def schedule(self, num_examples, batch_size=None, epochs=None, *, accumulate=1):
         """Linear warm-up from 0 over 5 % of the training, then a cosine down to 0.
 
         It counts batches of `fit`, as Keras does; an epoch includes its smaller last batch. A
@@ -78,9 +78,9 @@ class Recipe:
             keras.optimizers.schedules.CosineDecay.
 
         Raises:
-            ValueError: if an argument is not positive, neither it nor the recipe gives a value, or
-                `accumulate` is no integer, does not divide `batch_size` or exceeds the batches in
-                all.
+            ValueError: if an argument is not positive, or missing both here and in the recipe; or
+                if `accumulate` is no integer, does not divide `batch_size` or exceeds the batches
+                in all.
 
         Source: big_vision `utils.py`, `create_learning_rate_schedule`.
         """
@@ -139,7 +139,7 @@ class Recipe:
         Source: big_vision `optax.py`, `make`.
         """
         options = {
-            "learning_rate": self.schedule(num_examples, batch_size, epochs, accumulate),
+            "learning_rate": self.schedule(num_examples, batch_size, epochs, accumulate=accumulate),
             "epsilon": 1e-8,  # of optax
             "global_clipnorm": 1.0,
             "gradient_accumulation_steps": accumulate if accumulate > 1 else None,

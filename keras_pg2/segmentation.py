@@ -26,6 +26,7 @@ from keras_pg2.tokenizer import NUM_LOCATIONS, NUM_SEGMENTS
 OFFICIAL_URL = "https://storage.googleapis.com/big_vision/paligemma/vae-oid.npz"
 MASK_SIZE = 64  # side of a mask inside its box
 GRID_SIZE = 4  # the codes are 4 rows of 4
+NUM_CODES = GRID_SIZE**2
 
 _FORMAT, _VERSION = "keras_pg2.segmentation_codec", 1
 _LARGEST_BATCH = 64
@@ -293,7 +294,7 @@ class SegmentationCodec(keras.Model):
                 f"in [{masks.min()}, {masks.max()}]"
             )
         codes = self._run("encode", lambda x: self._nearest(self._features(x)), masks)
-        return codes.reshape(-1, GRID_SIZE**2).astype("int32")
+        return codes.reshape(-1, NUM_CODES).astype("int32")
 
     def decode(self, codes):
         """Codes to masks inside their boxes.
@@ -310,9 +311,9 @@ class SegmentationCodec(keras.Model):
         """
         codes = ops.convert_to_numpy(codes)
         is_int = np.issubdtype(codes.dtype, np.integer)
-        if codes.ndim != 2 or codes.shape[1] != GRID_SIZE**2 or not is_int:
+        if codes.ndim != 2 or codes.shape[1] != NUM_CODES or not is_int:
             raise ValueError(
-                f"`codes` must be integers (batch, {GRID_SIZE**2}). "
+                f"`codes` must be integers (batch, {NUM_CODES}). "
                 f"Received: shape {codes.shape}, dtype {codes.dtype}"
             )
         if codes.size and not (codes.min() >= 0 and codes.max() < NUM_SEGMENTS):
@@ -404,10 +405,6 @@ class SegmentationCodec(keras.Model):
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
         }
 
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)
-
     def _variables_by_path(self):
         """What files hold: dict of path without the model's name to variable."""
         variables = [*self.trainable_variables, self.codebook]
@@ -427,12 +424,8 @@ class SegmentationCodec(keras.Model):
             )
         ]
         if missing or extra or wrong:
-            raise ValueError(
-                f"The file {path!r} is no segmentation codec, or one of another architecture.\n"
-                f"Missing tensors ({len(missing)}): {io.shorten(missing)}\n"
-                f"Unknown tensors ({len(extra)}): {io.shorten(extra)}\n"
-                f"Wrong tensors ({len(wrong)}): {io.shorten(wrong)}"
-            )
+            message = f"The file {path!r} is no segmentation codec, or one of another architecture."
+            raise io.misfit(message, missing, extra, wrong)
         try:
             arrays = {name: tensor.read() for name, tensor in tensors.items()}
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:

@@ -71,7 +71,7 @@ class SiglipMLP(DirectCall, layers.Layer):
         self.down.build((*input_shape[:-1], self.config.mlp_dim))
 
     def call(self, x):
-        x = ops.cast(x, activation_dtype(self.compute_dtype))  # of the results, for `in_chunks`
+        x = ops.cast(x, activation_dtype(self.compute_dtype))  # as the results, for `in_chunks`
         return _backend.in_chunks(self._multiply, [x], _backend.MAX_TOKENS)
 
     def _multiply(self, x):
@@ -120,7 +120,7 @@ class SiglipTower(DirectCall, layers.Layer):
 
     Call arguments:
         images: float (B, I, I, 3) in [-1, 1].
-        training: bool, whether `use_remat` counts.
+        training: bool, whether LoRA's dropout acts, and `use_remat` counts.
 
     Attributes:
         use_remat: bool, see `GemmaDecoder`.

@@ -13,12 +13,11 @@ import re
 import numpy as np
 
 from keras_pg2.generation import Grammar
-from keras_pg2.segmentation import GRID_SIZE, check_area, location_tokens, mask_from_codes
+from keras_pg2.segmentation import NUM_CODES, check_area, location_tokens, mask_from_codes
 from keras_pg2.tokenizer import EOS_ID, NUM_LOCATIONS, NUM_SEGMENTS
 
 _LOG = logging.getLogger(__name__)
 CAPTION_STYLES = {"short": "cap", "coco": "caption", "detailed": "describe"}
-NUM_CODES = GRID_SIZE**2
 MAX_OBJECT_TOKENS = 256  # about 35 boxes, or 10 masks
 _MAX_LONG_TOKENS = 128  # of texts in images, and of detailed captions
 

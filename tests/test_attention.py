@@ -130,8 +130,8 @@ def _reference(query, key, value, mask, softcap):
 def test_attention_agrees_with_a_loop(
     monkeypatch, softcap, max_logits, length, kv_heads, in_program, has_gpu, run_in_program
 ):
-    monkeypatch.setattr(_backend, "_MAX_LOGITS", max_logits)
-    monkeypatch.setattr(_backend, "has_gpu_with_jax", lambda: has_gpu)
+    monkeypatch.setattr(_backend, "_MAX_ATTENTION_LOGITS", max_logits)
+    monkeypatch.setattr(_backend, "has_jax_gpu", lambda: has_gpu)
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, length, 6, 4)).astype("float32")
     key = rng.normal(size=(2, 11, kv_heads, 4)).astype("float32")
@@ -179,7 +179,7 @@ def test_without_soft_cap_torch_keeps_no_logits(monkeypatch, dtype, is_training,
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     monkeypatch.setattr(_backend, "_is_slow", lambda x: is_slow)
-    monkeypatch.setattr(_backend, "_MAX_LOGITS", 1)  # of no effect
+    monkeypatch.setattr(_backend, "_MAX_ATTENTION_LOGITS", 1)  # of no effect
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=shape) for shape in ((2, 5, 6, 8), (2, 1, 7, 8), (2, 1, 7, 8))]
     mask = np.arange(7) < np.array([[[7]] * 5, [[4]] * 5])

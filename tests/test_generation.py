@@ -93,7 +93,7 @@ def test_long_prefixes_are_read_in_parts(model, image, monkeypatch):
     whole = model.generate([image, image[::-1]], PROMPTS[:2], **options)
     monkeypatch.setattr(model, "programs", _backend.Programs())
     monkeypatch.setattr(_backend, "MAX_TOKENS", 3)
-    monkeypatch.setattr(_backend, "_MAX_LOGITS", 64)
+    monkeypatch.setattr(_backend, "_MAX_ATTENTION_LOGITS", 64)
     parts = model.generate([image, image[::-1]], PROMPTS[:2], **options)
     for answer, expected in zip(parts, whole):
         assert answer.token_ids.tolist() == expected.token_ids.tolist()
@@ -723,7 +723,7 @@ def test_one_row_is_padded_on_a_gpu(model, image, monkeypatch):
 
     monkeypatch.setattr(PaliGemma2, "extend", counted)
     monkeypatch.setattr(model, "programs", _backend.Programs())
-    monkeypatch.setattr(_backend, "has_gpu_with_jax", lambda: True)
+    monkeypatch.setattr(_backend, "has_jax_gpu", lambda: True)
     answer = model.generate(image, PROMPTS[0], **options)
     np.testing.assert_array_equal(answer.token_ids, expected.token_ids)
     np.testing.assert_allclose(answer.log_probs, expected.log_probs, atol=1e-4)

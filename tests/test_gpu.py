@@ -10,7 +10,8 @@ from keras import ops
 from keras_pg2 import Beam, Greedy, PaliGemma2, Sample, _backend, quantization
 
 pytestmark = pytest.mark.skipif(
-    not _backend.has_cuda(), reason="needs torch and a GPU, which CUDA_VISIBLE_DEVICES names"
+    not _backend.has_torch_gpu(),
+    reason="needs torch and a GPU, which CUDA_VISIBLE_DEVICES names",
 )
 
 

@@ -71,7 +71,7 @@ def graphs(monkeypatch):
         device = torch.device("cpu")
 
     properties = types.SimpleNamespace(total_memory=2**30)
-    monkeypatch.setattr(_backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(_backend, "has_torch_gpu", lambda: True)
     monkeypatch.setattr(_backend, "_is_on_cuda", lambda state: True)
     monkeypatch.setattr(_backend, "_graph_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)

@@ -1023,6 +1023,8 @@ def test_bad_options(tokenizer, columns):
         model.fit(columns, np.zeros(10), verbose=0)
     with pytest.raises(ValueError, match="`batch_size` must be"):
         model.fit(columns, batch_size=0, verbose=0)
+    with pytest.raises(ValueError, match="calls no `callbacks`"):
+        model.predict(columns, callbacks=[keras.callbacks.Callback()])
     with pytest.raises(ValueError, match=r"\['class_weight'\] have no effect"):
         model.fit(columns, class_weight={0: 1}, verbose=0)
     with pytest.raises(ValueError, match="not a CallbackList"):

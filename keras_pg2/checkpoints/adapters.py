@@ -20,7 +20,7 @@ import safetensors.numpy
 from keras import backend, ops
 
 from keras_pg2.checkpoints import names
-from keras_pg2.checkpoints.io import path_to_write, shorten
+from keras_pg2.checkpoints.io import misfit, path_to_write, shorten
 from keras_pg2.linear import LoraOptions
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -145,12 +145,8 @@ def load_adapter(model, folder):
             else:
                 wrong.append(f"{spec.name}: expected {spec.source_shape}, found {array.shape}")
     if unknown or missing or wrong or not options:
-        raise ValueError(
-            f"The adapter {os.fspath(folder)!r} does not fit the model.\n"
-            f"Missing tensors ({len(missing)}): {shorten(missing)}\n"
-            f"Unknown tensors ({len(unknown)}): {shorten(unknown)}\n"
-            f"Wrong shapes ({len(wrong)}): {shorten(wrong)}"
-        )
+        message = f"The adapter {os.fspath(folder)!r} does not fit the model."
+        raise misfit(message, missing, unknown, wrong)
     model.enable_lora_on(options)
     for path, layer in model.lora_layers().items():
         for variable, value in zip(_variables(layer), values[path]):

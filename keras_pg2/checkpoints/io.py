@@ -360,7 +360,7 @@ def to_ours(tensors, format, config, path):
         if heads and names.HUGGING_FACE_EMBEDDING not in tensors:  # one name of the tied matrix
             tensors[names.HUGGING_FACE_EMBEDDING] = tensors.pop(heads[0])
     specs = names.tensor_specs(format, config)
-    _check_names(specs, tensors, format, path)
+    _check_fit(specs, tensors, format, path)
     if format == "hf":
         _warn_of_changed_ends(tensors, config)
 
@@ -480,7 +480,7 @@ def _warn_of_changed_ends(tensors, config):
             )
 
 
-def _check_names(specs, tensors, format, path):
+def _check_fit(specs, tensors, format, path):
     groups = collections.defaultdict(list)
     for spec in specs:
         groups[spec.name].append(spec)
@@ -501,12 +501,17 @@ def _check_names(specs, tensors, format, path):
             expected = " or ".join(_SAFETENSORS_DTYPES.values())
             wrong.append(f"{name}: expected {expected}, found {tensors[name].dtype}")
     if missing or extra or wrong:
-        raise ValueError(
-            f"The checkpoint {path!r} does not fit its config.\n"
-            f"Missing tensors ({len(missing)}): {shorten(missing)}\n"
-            f"Unknown tensors ({len(extra)}): {shorten(extra)}\n"
-            f"Wrong tensors ({len(wrong)}): {shorten(wrong)}"
-        )
+        raise misfit(f"The checkpoint {path!r} does not fit its config.", missing, extra, wrong)
+
+
+def misfit(message, missing, unknown, wrong):
+    """A ValueError that names the tensors of a file that do not fit."""
+    return ValueError(
+        f"{message}\n"
+        f"Missing tensors ({len(missing)}): {shorten(missing)}\n"
+        f"Unknown tensors ({len(unknown)}): {shorten(unknown)}\n"
+        f"Wrong tensors ({len(wrong)}): {shorten(wrong)}"
+    )
 
 
 def shorten(items, limit=20):

@@ -689,7 +689,7 @@ def save_checkpoint(
         found = _big_vision_config(shapes, path)
     else:
         files = _preset_files(config, preprocessor)
-    _warn_of_lost_fields(format, config.to_dict(), found.to_dict())
+    _check_lost_fields(format, config.to_dict(), found.to_dict())
     if codec is not None and format == "preset":
         files[CODEC_FILE] = codec
     elif codec is not None:
@@ -720,8 +720,12 @@ def save_checkpoint(
             io.write_safetensors(new, tensors, bar.update)
 
 
-def _warn_of_lost_fields(format, config, found):
-    """Warns of config fields that `found`, what `from_preset` reads, has other values of."""
+def _check_lost_fields(format, config, found):
+    """Compares with `found`, what `from_preset` reads: warns of fields that it must be told.
+
+    Raises:
+        ValueError: if a field has another value that it cannot be told.
+    """
     lost = []
     for tower, fields in config.items():
         for field, value in fields.items():
