@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -17,6 +18,7 @@ import threading
 import types
 
 import keras
+import numpy as np
 from keras import ops
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
@@ -255,7 +257,13 @@ def _compile_jax(model, function, updated, donate, in_parts):
     jitted = jax.jit(stateless, donate_argnums=(2,) if donate else ())
 
     def run(*args):
-        model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
+        sync_values(model)  # in the middle of `fit`, Keras holds the values elsewhere
+        if any(variable._value is None for variable in variables):  # `value` would be a new one
+            raise RuntimeError(
+                "The weights are with the model that this one is a part of, which is in `fit`, "
+                "`evaluate` or `predict`. Call its `jax_state_sync()` first."
+            )
+        _check_same_inputs(variables, args)
         values = [variable.value for variable in variables]
         outputs, new_values = jitted(values, [v.value for v in updated], *args)
         for variable, value in zip(updated, new_values):
@@ -364,6 +372,17 @@ def sync_values(model):
     """Gives the variables their values, which Keras holds elsewhere in its loops on jax."""
     if BACKEND == "jax":
         model.jax_state_sync()
+        model._jax_state = None  # Keras would write them again, over later ones
+
+
+@contextlib.contextmanager
+def synced_values(model):
+    """A call of Keras with whose values the variables begin and end, after an error, too."""
+    sync_values(model)
+    try:
+        yield
+    finally:
+        sync_values(model)
 
 
 def strategy_scope(model):
@@ -414,7 +433,8 @@ def whole_step():
 def unshare(variables):
     """Gives each variable memory of its own on jax, where training steps write over it.
 
-    Keras has weights share that of their averages when `use_ema` ends `fit`; the next fails.
+    Keras has weights share that of their averages when `use_ema` ends `fit`; the next step, of
+    any kind, would delete the averages.
     """
     if BACKEND == "jax":
         seen = set()
@@ -913,7 +933,9 @@ def with_gradients(function):
 
     Args:
         function: callable from tensors to `(loss, extras, gradients)`: a float32 scalar, a tuple of
-            tensors without a gradient, and for each argument the gradient of the loss, or None.
+            float tensors, and for each argument the gradient of the loss, or None. Called with
+            `upstream` too, a tuple of a factor of the loss and one of each extra, the gradients are
+            of the sum of these products: it is called again for the gradient of an extra.
 
     Returns:
         callable from tensors to `(loss, extras)`.
@@ -925,16 +947,26 @@ def with_gradients(function):
             return function(*tensors)[:2]
 
         def forward(*tensors):
+            tensors = [x.value for x in tensors]
             loss, extras, gradients = function(*tensors)
             return (loss, extras), (gradients, tensors)
 
-        def backward(residuals, cotangents):
+        def backward(residuals, upstream):
+            (gradients, tensors), (scale, extras) = residuals, upstream
+            is_zero = [isinstance(x, jax.custom_derivatives.SymbolicZero) for x in (scale, *extras)]
+            values = [
+                jnp.zeros(x.shape, x.dtype) if zero else x
+                for x, zero in zip((scale, *extras), is_zero)
+            ]
+            if not all(is_zero[1:]):
+                gradients, values = function(*tensors, upstream=values)[2], [1.0]
             # Scaled before they are cast: float16 has little room.
             return tuple(
-                g if g is None else (g * cotangents[0]).astype(x.dtype) for g, x in zip(*residuals)
+                g if g is None else (g * values[0]).astype(x.dtype)
+                for g, x in zip(gradients, tensors)
             )
 
-        differentiable.defvjp(forward, backward)
+        differentiable.defvjp(forward, backward, symbolic_zeros=True)
         return differentiable
 
     if BACKEND == "tensorflow":
@@ -943,10 +975,13 @@ def with_gradients(function):
         def differentiable(*tensors):
             loss, extras, gradients = function(*tensors)
 
-            def backward(scale, *_):
+            def backward(scale, *extras):
+                found = gradients
+                if not all(map(_is_surely_zero, extras)):
+                    found, scale = function(*tensors, upstream=(scale, *extras))[2], 1.0
                 return [
                     g if g is None else tf.cast(tf.cast(g, "float32") * scale, x.dtype)
-                    for g, x in zip(gradients, tensors)
+                    for g, x in zip(found, tensors)
                 ]
 
             return (loss, *extras), backward
@@ -956,18 +991,23 @@ def with_gradients(function):
         class Differentiable(torch.autograd.Function):
             @staticmethod
             def forward(context, *tensors):
-                loss, extras, gradients = function(*tensors)
-                context.mark_non_differentiable(*extras)
-                context.gradients = gradients
-                context.dtypes = [x.dtype for x in tensors]
+                loss, extras, context.gradients = function(*tensors)
+                context.set_materialize_grads(False)
+                context.save_for_backward(*tensors)
+                context.shapes = [(x.shape, x.device) for x in extras]
                 return (loss, *extras)
 
             @staticmethod
-            def backward(context, scale, *_):
-                gradients, context.gradients = context.gradients, None  # they are large
+            def backward(context, scale, *extras):
+                tensors, gradients = context.saved_tensors, context.gradients
+                context.gradients = None  # they are large
+                if gradients is None or scale is None or any(x is not None for x in extras):
+                    zeros = [torch.zeros(shape, device=device) for shape, device in context.shapes]
+                    extras = [zero if x is None else x for x, zero in zip(extras, zeros)]
+                    upstream = (0.0 if scale is None else scale, *extras)
+                    gradients, scale = function(*tensors, upstream=upstream)[2], 1.0
                 return tuple(
-                    g if g is None else (g * scale).to(dtype)
-                    for g, dtype in zip(gradients, context.dtypes)
+                    g if g is None else (g * scale).to(x.dtype) for g, x in zip(gradients, tensors)
                 )
 
         differentiable = Differentiable.apply
@@ -977,6 +1017,16 @@ def with_gradients(function):
         return loss, tuple(extras)
 
     return unpack
+
+
+def _is_surely_zero(x):
+    """Whether a tensor is the zeros that tensorflow makes for what has no gradient."""
+    if hasattr(x, "numpy"):
+        return not x.numpy().any()
+    if x.op.type == "Fill":
+        x = x.op.inputs[1]
+    value = tf.get_static_value(x)
+    return x.op.type == "ZerosLike" or (value is not None and not value.any())
 
 
 def needs_gradients(*tensors):
@@ -1426,6 +1476,35 @@ def _to_numpy(x):
     if not (getattr(x, "is_fully_addressable", True) or x.is_fully_replicated):
         x = _gathered(x)
     return ops.convert_to_numpy(x)
+
+
+def of_all_processes(array):
+    """NumPy arrays of one shape from each process of jax, (processes, …); all must call this."""
+    if BACKEND != "jax" or jax.process_count() == 1:
+        return array[None]
+    from jax.experimental import multihost_utils  # slow to import
+
+    return multihost_utils.process_allgather(array)
+
+
+def _check_same_inputs(variables, inputs):
+    """Raises a ValueError if processes that share the variables have different inputs.
+
+    Each would take its own as what all have, and the answers would be of none of them.
+    """
+    if jax.process_count() == 1 or all(v.value.is_fully_addressable for v in variables):
+        return
+    digest = hashlib.sha256()
+    for x in keras.tree.flatten(inputs):
+        if getattr(x, "is_fully_addressable", True):
+            x = ops.convert_to_numpy(x)
+            digest.update(f"{x.dtype}{x.shape}".encode() + x.tobytes())
+    digest = np.frombuffer(digest.digest(), "uint32")
+    if (of_all_processes(digest) != digest).any():
+        raise ValueError(
+            "All processes must ask the same, since the weights are spread over them: the same "
+            "images, prompts and options. `fit` and `evaluate` alone take a part from each."
+        )
 
 
 def _gathered(array):

@@ -242,6 +242,17 @@ class Batches(data_adapter.DataAdapter):
                 f"{self._batch_size} examples"
             )
 
+    def check_processes(self):
+        """Raises a ValueError if processes have different numbers of batches."""
+        if keras.distribution.distribution() is None:
+            return
+        counts = _backend.of_all_processes(np.array(self._num_batches or -1))
+        if (counts != counts[0]).any():  # one would wait for the others for ever
+            raise ValueError(
+                "All processes must have the same number of batches. Received: "
+                f"{counts.tolist()}, by process. Leave examples out, or tell the number of steps."
+            )
+
     # What Keras asks for
 
     def get_numpy_iterator(self):

@@ -239,7 +239,7 @@ def _demo(options):
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise ImportError('`keras-pg2 demo` needs `pip install "keras-pg2[demo]"`.') from error
+        raise ImportError("`keras-pg2 demo` needs `pip install gradio`.") from error
     title = options.preset or presets.TINY
     page = demo.launch(_load(options), title, options.host, options.port, options.share)
     addresses = " and ".join(filter(None, [page.local_url, page.share_url]))

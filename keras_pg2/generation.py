@@ -486,10 +486,14 @@ def _filter(logits, top_k, top_p):
 
 def _sample(logits, uniform):
     """Token ids int32 (B,) at the quantile `uniform` float32 (B,) in (0, 1]."""
-    cumulative = ops.cumsum(ops.softmax(logits, axis=-1), axis=-1)
-    # Times the total, so that rounding never leads past the last token with a probability.
-    target = uniform[:, None] * cumulative[:, -1:]
-    return ops.cast(ops.argmax(ops.cast(cumulative >= target, "int32"), axis=-1), "int32")
+    probs = ops.softmax(logits, axis=-1)
+    cumulative = ops.cumsum(probs, axis=-1)
+    # XLA's sums may rise a little where nothing is added, even past the sum of all. So a token has
+    # a probability, and the target is below the sum at the last that has one.
+    is_possible = probs > 0
+    target = uniform[:, None] * ops.max(ops.where(is_possible, cumulative, 0.0), -1, keepdims=True)
+    reached = ops.logical_and(is_possible, cumulative >= target)
+    return ops.cast(ops.argmax(ops.cast(reached, "int32"), axis=-1), "int32")
 
 
 def _choose_beams(sampler, state, log_probs):

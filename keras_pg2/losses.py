@@ -52,7 +52,8 @@ def token_losses(
         train_embeddings: bool, whether a tensor `embeddings` needs a gradient.
 
     Returns:
-        loss: float32 scalar, the sum of weights times cross-entropies. It alone has a gradient.
+        loss: float32 scalar, the sum of weights times cross-entropies. Its gradient is known at
+            once; that of `losses` takes the same work again.
         losses: float32 (B, T), the cross-entropies, 0 where the weight is.
         hits: float32 (B, T), 1 where the most likely token is the target, else 0.
 
@@ -102,33 +103,36 @@ def token_losses(
             gradient = gradient * slope
         return counts * losses, hits, ops.cast(gradient, dtype)
 
-    def chunk_losses(matrix, hidden, targets, weights):
-        """Losses and hits (B, chunk), and the gradients of the losses' weighted sum."""
+    def chunk_losses(matrix, hidden, targets, weights, factors):
+        """Losses and hits (B, chunk), and the gradients of the sum of factors times losses."""
         logits = multiply(ops.cast(hidden, dtype), *matrix)
         losses, hits, *gradient = _backend.by_position(losses_of, [logits, targets, weights])
         if not is_differentiable:
             return losses, hits, None, None
-        # Weights come last: times 1 / 1,000 the gradients would underflow in float16.
+        # Factors come last: times 1 / 1,000 the gradients would underflow in float16.
         gradient = gradient[0]
         hidden_gradient = ops.cast(multiply_back(gradient, *matrix), "float32")
-        hidden_gradient = hidden_gradient * weights[..., None]
+        hidden_gradient = hidden_gradient * factors[..., None]
         embeddings_gradient = None
         if train_embeddings:
-            largest = ops.maximum(ops.max(weights), 1e-30)
-            weighted = ops.cast(hidden, "float32") * (weights / largest)[..., None]
+            largest = ops.maximum(ops.max(ops.abs(factors)), 1e-30)
+            weighted = ops.cast(hidden, "float32") * (factors / largest)[..., None]
             embeddings_gradient = largest * _backend.einsum_float32(
                 "btv,btd->vd", gradient, ops.cast(weighted, dtype)
             )
         return losses, hits, hidden_gradient, embeddings_gradient
 
-    def all_losses(hidden, targets, weights, *matrix):
+    def all_losses(hidden, targets, weights, *matrix, upstream=None):
+        factors = weights  # of the losses in what is differentiated
+        if upstream is not None:
+            factors = weights * upstream[0] + ops.where(weights > 0, upstream[1], 0.0)
         # The rows end early: only chunks with a weight are computed.
         last = ops.max(ops.sum(ops.cast(weights > 0, "int32"), axis=1))
         used_chunks = (last + chunk - 1) // chunk
 
         def step(index, state):
             start = index * chunk
-            parts = (_backend.read(x, start, chunk) for x in (hidden, targets, weights))
+            parts = (_backend.read(x, start, chunk) for x in (hidden, targets, weights, factors))
             *values, embeddings_gradient = chunk_losses(matrix, *parts)
             new = {
                 name: _backend.write(state[name], value, start)

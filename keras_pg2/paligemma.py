@@ -245,6 +245,7 @@ class PaliGemma2(keras.Model):
         for variable in self.variables:
             if variable._value is None:
                 variable._deferred_initialize()
+        _backend.track_variables(self)
 
     def weights_by_path(self):
         """The weights as `checkpoints.io.LazyTensor` by path, for writing; LoRA is folded in.
@@ -304,6 +305,15 @@ class PaliGemma2(keras.Model):
         for matrix in self._int4_matrices():
             place = places[id(matrix.codes)]
             weights[place] = matrix.laid_out(np.array(weights[place], order="C"))
+        wrong = [
+            f"{variable.path}: expected {tuple(variable.shape)}, found {np.shape(array)}"
+            for variable, array in zip(self.weights, weights)
+            if tuple(variable.shape) != np.shape(array)
+        ]
+        if wrong:  # else those before it would be set
+            raise ValueError(
+                f"These `weights` have other shapes than those of the model: {', '.join(wrong)}"
+            )
         merged = [layer for layer in self.lora_layers().values() if layer.is_merged]
         for layer in merged:
             layer.unmerge_lora()
@@ -898,7 +908,8 @@ class PaliGemma2(keras.Model):
         parts = [([[image] for image in images[i : i + batch_size]],) for i in starts]
         encoded = []
         for arrays in _backend.prefetch(load, parts):
-            encoded += list(program(_backend.to_tensors(arrays)))
+            # Copies: views would keep the whole batch with torch.
+            encoded += [ops.copy(x) for x in program(_backend.to_tensors(arrays))]
         results = [EncodedImage(x, *image_size(image)) for x, image in zip(encoded, images)]
         return results[0] if is_single else results
 
@@ -1340,6 +1351,8 @@ class PaliGemma2(keras.Model):
                 x, validation_data = x.split(validation_split, validation_batch_size)
             elif validation_data is not None:
                 validation_data = self._batches(validation_data, None, validation_batch_size)
+            if kwargs.get("steps_per_epoch") is None:
+                x.check_processes()
             self._use_function_for("train_function", lambda: x.shapes)
             self._build_optimizer()
             options = {"callbacks": _with_watch(callbacks, x), "validation_data": validation_data}
@@ -1379,33 +1392,36 @@ class PaliGemma2(keras.Model):
         if self._compile_loss is None:
             _refuse_weights(kwargs)
             x = self._batches(x, y, batch_size)
+            if kwargs.get("steps") is None:
+                x.check_processes()
             self._use_function_for("test_function", lambda: x.shapes)
             if _backend.BACKEND == "jax":  # where Keras makes the slots here, too
                 self._build_optimizer()
         else:
             _refuse_raw(x)
-        try:
+        with _backend.synced_values(self):
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)
-        finally:  # after an error, too
-            _backend.sync_values(self)
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, **kwargs):
         """One step on one batch, raw or tokenized, see `keras.Model.train_on_batch`."""
         self._check_trainable()
         options = {"sample_weight": sample_weight, "class_weight": class_weight, **kwargs}
         x = self._one_batch("train_function", x, y, options)
-        return super().train_on_batch(x, y, **options)
+        with _backend.synced_values(self):
+            return super().train_on_batch(x, y, **options)
 
     def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
         """The metrics of one batch, raw or tokenized, see `keras.Model.test_on_batch`."""
         options = {"sample_weight": sample_weight, **kwargs}
         x = self._one_batch("test_function", x, y, options)
-        return super().test_on_batch(x, y, **options)
+        with _backend.synced_values(self):
+            return super().test_on_batch(x, y, **options)
 
     def predict_on_batch(self, x):
         """`predict` of one batch, raw or tokenized."""
         if not _is_raw(x):
-            return super().predict_on_batch(x)
+            with _backend.synced_values(self):
+                return super().predict_on_batch(x)
         data, count = batches.single_batch(x)
         return self.predict(data, batch_size=count, verbose=0)
 
@@ -1442,11 +1458,22 @@ class PaliGemma2(keras.Model):
 
     def make_train_function(self, force=False):
         self._build_optimizer()
-        if self.optimizer is not None:
-            _backend.unshare([*self.trainable_variables, *self.optimizer.variables])
+        self._unshare_values()
         if self.programs.graphs:
             self.programs.graphs.clear()  # training needs the memory
         return super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        self._unshare_values()
+        return super().make_test_function(force)
+
+    def make_predict_function(self, force=False):
+        self._unshare_values()
+        return super().make_predict_function(force)
+
+    def _unshare_values(self):
+        if getattr(self, "optimizer", None) is not None:
+            _backend.unshare([*self.variables, *self.optimizer.variables])
 
     def _maybe_symbolic_build(self, **options):
         # Under a `tf.distribute` strategy Keras takes the mean of a batch over the replicas, which
@@ -1489,13 +1516,10 @@ class PaliGemma2(keras.Model):
                 )
             if isinstance(x, dict):
                 x = {name: array for name, array in x.items() if name != "loss_mask"}
-            _backend.sync_values(self)
-            try:
+            with _backend.synced_values(self):
                 return super().predict(
                     x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
                 )
-            finally:
-                _backend.sync_values(self)
         if callbacks:
             raise ValueError("Of raw data `predict` calls no `callbacks`: leave them out.")
         data = self._batches(x, None, batch_size)

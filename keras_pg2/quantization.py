@@ -569,7 +569,7 @@ class Quantizable:
         self.check_quantizable()
         mode, group_size = scheme_of(mode, config)
         matrix = getattr(self, f"_{self.matrix_name}")
-        values = None if matrix._value is None else ops.convert_to_numpy(matrix)
+        values = None if matrix._value is None else _backend.to_numpy(matrix)
         self.make_quantized(mode, group_size)
         if values is not None:
             self.quantized.assign(*self.encode(values))

@@ -353,6 +353,21 @@ def _tokens(sampler, logits, uniforms):
     return ops.convert_to_numpy(generation_module._sample(logits, uniforms)).tolist()
 
 
+def test_samples_have_a_probability(run_in_program):
+    """The sums of XLA rise a little between the allowed tokens, too: here at 221,456."""
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        allowed = rng.choice(257_152, 40, replace=False)
+        logits = np.full((1, 257_152), -1e30, "float32")
+        logits[0, allowed] = rng.normal(size=40) * 2
+    uniforms = np.append(np.linspace(1e-6, 1, 500), 0.9518522024154663).astype("float32")
+    logits = ops.convert_to_tensor(logits)
+    sample = run_in_program(lambda logits, uniform: generation_module._sample(logits, uniform))
+    tokens = {int(sample(logits, ops.convert_to_tensor([uniform]))[0]) for uniform in uniforms}
+    assert tokens <= set(allowed.tolist())
+    assert len(tokens) > 10
+
+
 def test_sampling_is_the_inverse_of_the_distribution():
     logits = np.log([[0.1, 0.2, 0.3, 0.4]] * 5)
     assert _tokens(Sample(), logits, [1e-7, 0.09, 0.11, 0.31, 1.0]) == [0, 0, 1, 2, 3]

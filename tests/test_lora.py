@@ -491,6 +491,10 @@ def test_weights_of_a_merged_model(batch):
     clone.set_weights(model.get_weights())
     np.testing.assert_array_equal(_numpy(clone(batch)), expected)
     merged = _weights(model)
+    with pytest.raises(ValueError, match=r"expected \(\d+,\), found \(7,\)"):
+        model.set_weights([*(array * 2 for array in weights[:-1]), np.zeros(7)])
+    for array, other in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(array, other)
     model.set_weights([array * 0 for array in weights])
     assert not model.text.blocks[1].attention.query.kernel.numpy().any()
     with pytest.raises(ValueError, match="shape"):

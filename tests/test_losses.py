@@ -73,6 +73,48 @@ def test_chunks_equal_the_plain_loss(monkeypatch, max_logits, label_smoothing, s
         np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradients_of_single_losses(monkeypatch, factor, softcap):
+    """Of sums of losses with weights of a user's own, of both signs, and with the loss itself."""
+    monkeypatch.setattr(losses, "_MAX_LOGITS", 400)
+    rng = np.random.default_rng(0)
+    hidden = keras.Variable(rng.normal(size=(2, 9, 8)).astype("float32"))
+    embeddings = keras.Variable(rng.normal(size=(100, 8)).astype("float32"))
+    targets = ops.convert_to_tensor(rng.integers(0, 100, (2, 9)).astype("int32"))
+    weights = np.array([[0.1] * 9, [0.5] * 4 + [0.0] * 5], "float32")
+    own = rng.normal(size=(2, 9)).astype("float32")
+    combined = ops.convert_to_tensor(factor * weights + own * (weights > 0))
+    weights, own = ops.convert_to_tensor(weights), ops.convert_to_tensor(own)
+
+    def single():
+        arguments = (hidden.value, embeddings.value, targets, weights)
+        loss, found, _ = losses.token_losses(*arguments, softcap=softcap)
+        return ops.sum(own * found) + (factor * loss if factor else 0.0)
+
+    def plain():
+        return plain_loss(hidden.value, embeddings.value, targets, combined, softcap=softcap)
+
+    value, found = gradients(single, [hidden, embeddings])
+    expected_value, expected = gradients(plain, [hidden, embeddings])
+    assert value == pytest.approx(expected_value, rel=1e-5)
+    for actual, wanted in zip(found, expected):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="others have no graph that they keep")
+def test_a_second_gradient_of_one_graph():
+    import torch
+
+    hidden = torch.randn((2, 3, 8), requires_grad=True)
+    embeddings = torch.randn((20, 8), requires_grad=True)
+    targets, weights = torch.ones((2, 3), dtype=torch.int32), torch.full((2, 3), 0.5)
+    loss = losses.token_losses(hidden, embeddings, targets, weights)[0]
+    first = torch.autograd.grad(loss, [hidden, embeddings], retain_graph=True)
+    for again, expected in zip(torch.autograd.grad(loss, [hidden, embeddings]), first):
+        torch.testing.assert_close(again, expected)
+
+
 @pytest.mark.parametrize("max_decoded", [2**25, 12_800])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_embeddings_in_parts(monkeypatch, mode, max_decoded):

@@ -10,7 +10,7 @@ from hypothesis import strategies
 from PIL import Image
 
 import keras_pg2
-from keras_pg2 import Detection, Detections, Generation, parse_detections, tasks
+from keras_pg2 import Detection, Detections, Generation, _backend, parse_detections, tasks
 from keras_pg2.preprocessing import image_size
 from keras_pg2.tasks import read_detections
 from keras_pg2.tiny import train
@@ -554,6 +554,12 @@ def test_encoded_images(model, image):
         model.generate([one, other], "ocr")
     with pytest.raises(ValueError, match="`encode` looks at one image at a time"):
         model.encode([[image, other]])
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="torch alone has views")
+def test_an_encoded_image_keeps_no_other(model, image):
+    tokens = model.encode([image] * 4)[0].tokens
+    assert tokens.untyped_storage().nbytes() == tokens.nbytes
 
 
 def test_an_image_of_several_prompts_is_encoded_once(model, image, monkeypatch):

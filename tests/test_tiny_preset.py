@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import keras_pg2
+from keras_pg2 import _backend
 from keras_pg2.checkpoints.presets import TINY
 from keras_pg2.tiny import SAMPLES
 from keras_pg2.tiny.evaluate import evaluate
@@ -90,3 +91,9 @@ def test_lora_learns_a_new_question():
     model.fit(examples, batch_size=32, verbose=0)
     after = evaluate(model, 200, renderer=held_out, kinds=kinds)["answer top-most/exact"]
     assert after >= 0.9
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a dict of torch modules")
+def test_the_state_of_a_loaded_model(tiny):
+    state = keras_pg2.PaliGemma2.from_preset(TINY).state_dict()
+    assert len(state) == len(tiny.variables)

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import io
 import os
@@ -508,6 +509,105 @@ def test_a_prompt_for_all_images_of_a_batch(tokenizer, columns, monkeypatch):
         read([batch], tokenizer)
     with pytest.raises(ValueError, match="Received a batch after an example"):
         read([{**batch, "images": images[0]}, {**batch, "prompts": ["ocr"]}], tokenizer)
+
+
+def test_steps_compute_losses_once(tokenizer, columns, monkeypatch):
+    """The metrics read single losses, the gradient of which would take the work again."""
+    model = micro_model(tokenizer)
+    model.compile("sgd")
+    made = _backend.with_gradients
+    again = []
+
+    def counted(function):
+        def with_upstream(*tensors, upstream=None):
+            again.append(upstream)
+            return function(*tensors, upstream=upstream)
+
+        return made(with_upstream)
+
+    monkeypatch.setattr(_backend, "with_gradients", counted)
+    model.fit(columns, batch_size=5, verbose=0)
+    assert again
+    assert set(again) == {None}
+
+
+@pytest.mark.skipif(_backend.BACKEND != "jax", reason="others keep no values elsewhere")
+@pytest.mark.parametrize("method", ["evaluate", "test_on_batch", "predict_on_batch"])
+def test_averages_outlive_other_steps(tokenizer, columns, method, tmp_path):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.1, use_ema=True))
+    model.fit(columns, batch_size=5, verbose=0)
+    averages = [ops.convert_to_numpy(v) for v in model.optimizer._model_variables_moving_average]
+    data = columns
+    if method == "predict_on_batch":
+        images, prompts, responses, _ = batches.batch_examples(*columns.values())
+        data, *_ = model.preprocessor.for_training(images, prompts, responses)
+    getattr(model, method)(data)
+    for variable, expected in zip(model.optimizer._model_variables_moving_average, averages):
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), expected)
+    model.fit(columns, batch_size=5, verbose=0)
+    model.save(tmp_path / "model.keras")
+
+
+@pytest.mark.skipif(_backend.BACKEND != "jax", reason="others keep no values elsewhere")
+def test_weights_set_after_an_error_stay(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.1))
+
+    def failing(num_batches):
+        for _ in range(num_batches):
+            yield {name: column[:2] for name, column in columns.items()}
+        raise KeyError("the file is gone")
+
+    bad = {"images": np.zeros((2, 28, 28, 3), "float32"), "token_ids": np.zeros((2, 3, 4))}
+    for spoil in (
+        lambda: model.evaluate(failing(2), verbose=0),
+        lambda: model.train_on_batch(columns),
+        lambda: model.predict_on_batch(bad),
+    ):
+        for then in (
+            lambda: model.evaluate(failing(1), verbose=0),
+            lambda: model.predict_on_batch(bad),
+        ):
+            with contextlib.suppress(KeyError, ValueError):
+                spoil()
+            expected = [np.ones_like(array) for array in model.get_weights()]
+            model.set_weights(expected)
+            with pytest.raises((KeyError, ValueError)):
+                then()
+            for found, wanted in zip(model.get_weights(), expected):
+                np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_part_of_another_model_answers_in_its_fit(tokenizer, columns):
+    part = micro_model(tokenizer)
+    part.freeze(".")
+    image = columns["images"][0]
+    expected = part.generate(image, "ocr", max_new_tokens=3)
+
+    class Classifier(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.part, self.head = part, keras.layers.Dense(2)
+
+        def call(self, images, training=None):
+            return self.head(ops.mean(self.part.vision(images, training=training), axis=1))
+
+    answers = []
+
+    class Answers(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if _backend.BACKEND == "jax":
+                with pytest.raises(RuntimeError, match=r"Call its `jax_state_sync\(\)` first"):
+                    part.generate(image, "ocr", max_new_tokens=3)
+                self.model.jax_state_sync()
+            answers.append(part.generate(image, "ocr", max_new_tokens=3))
+
+    model = Classifier()
+    model.compile("sgd", "mse")
+    images = part.preprocessor.load_images([[x] for x in columns["images"][:4]])[:, 0]
+    model.fit(images, np.ones((4, 2)), batch_size=4, verbose=0, callbacks=[Answers()])
+    assert answers == [expected]
 
 
 def test_an_empty_batch(tokenizer):
