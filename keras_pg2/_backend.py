@@ -90,9 +90,10 @@ MAX_TOKENS = 768 if BACKEND == "torch" and not torch.cuda.is_available() else 20
 
 
 _state = threading.local()
-_layout_lock, _graph_lock = threading.Lock(), threading.Lock()
+_layout_lock, _graph_lock, _sampler_lock = threading.Lock(), threading.Lock(), threading.Lock()
 _broken_graphs = []
 _onednn = types.SimpleNamespace(lock=threading.Lock(), num_without=0, was_enabled=None)
+_turns = threading.RLock()  # of threads that run programs on a CPU, see `_turn`
 
 
 def in_program():
@@ -160,6 +161,31 @@ class Programs:
                 programs[name] = _compile(model, traced, updated, donate, in_parts)
             return programs[name]
 
+    def run_with_sampler(self, model, name, function, sampler, *args):
+        """Runs a program with a sampler of keras_hub, compiled once for all that are alike.
+
+        Args:
+            model: see `get`.
+            name: tuple, see `get`.
+            function: as that of `get`, with a sampler before its arguments.
+            sampler: keras_hub sampler, whose seed goes on.
+            *args: tensors.
+
+        Returns:
+            what `function` returns.
+        """
+        with _sampler_lock:  # all threads' samplers that are alike share the variables of one
+            same = self._sampler if _are_alike(self._sampler, sampler) else sampler
+            name = (*name, repr(_config_but_seed(sampler)))  # which may have been changed
+            program = self.get(model, name, functools.partial(function, same), sampler=same)
+            for variable, value in zip(same.variables, sampler.variables):
+                variable.assign(value)
+            try:
+                return program(*args)
+            finally:
+                for variable, value in zip(sampler.variables, same.variables):
+                    variable.assign(value)
+
     def _forget_outdated(self, model, sampler):
         if sampler is not None and sampler is not self._sampler:
             self._sampler_programs, self._sampler = {}, sampler
@@ -178,6 +204,18 @@ class Programs:
                 for variable in model.variables:
                     if variable.name == "kernel":
                         _lay_out(variable)
+
+
+def _are_alike(*samplers):
+    """Whether samplers of keras_hub itself do the same but for their seeds."""
+    if len({type(x) for x in samplers}) > 1:
+        return False
+    first, second = map(_config_but_seed, samplers)
+    return type(samplers[0]).__module__.startswith("keras_hub.") and first == second
+
+
+def _config_but_seed(sampler):
+    return {name: value for name, value in sampler.get_config().items() if name != "seed"}
 
 
 def part(method):
@@ -331,10 +369,15 @@ def _compile_torch(model, function, updated, donate, in_parts):
     def run(*args):
         # The dtype policy says in what it computes, and not the caller's autocast.
         device = torch.device(get_device()).type
-        with torch.inference_mode(), torch.autocast(device, enabled=False):
+        with torch.inference_mode(), torch.autocast(device, enabled=False), _turn(device):
             return function(*args)
 
     return run
+
+
+def _turn(device):
+    """What a program runs in: on CPUs one at a time, see `_without_onednn_for_one_row`."""
+    return _turns if device == "cpu" and not _HAS_AMX else contextlib.nullcontext()
 
 
 _compile = {
@@ -1390,7 +1433,10 @@ def _lay_out(kernel):
 
 @contextlib.contextmanager
 def _without_onednn_for_one_row(num_rows):
-    """Turns oneDNN off for one row: without AMX it reads at half the rate of torch's own code."""
+    """Turns oneDNN off for one row: without AMX it reads at half the rate of torch's own code.
+
+    Other threads see it, too; what they compute meanwhile is rounded otherwise, and slower.
+    """
     if num_rows > 1 or torch.compiler.is_compiling():
         yield
         return

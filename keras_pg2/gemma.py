@@ -7,7 +7,7 @@ from keras import activations, layers, ops
 
 from keras_pg2 import _backend
 from keras_pg2.attention import attention, rotary_angles
-from keras_pg2.linear import DirectCall, Linear, StepSeed, TokenEmbedding
+from keras_pg2.linear import DirectCall, Linear, StepSeed, TokenEmbedding, renew_seeds
 
 
 class RMSNorm(DirectCall, layers.Layer):
@@ -181,14 +181,7 @@ class GemmaBlock(DirectCall, layers.Layer):
             self.post_mlp_norm.build(input_shape)
 
     def call(
-        self,
-        x,
-        attention_mask,
-        rotary,
-        cache=None,
-        cache_index=None,
-        output_start=0,
-        training=None,
+        self, x, attention_mask, rotary, cache=None, cache_index=None, output_start=0, training=None
     ):
         query, key, value = _backend.part(self._project)(x, rotary, output_start)
         if cache is not None:  # written between the parts, so that it is not copied
@@ -268,6 +261,8 @@ class GemmaDecoder(DirectCall, layers.Layer):
     def call(
         self, x, positions, masks, cache=None, cache_index=None, output_start=0, training=None
     ):
+        if training:
+            renew_seeds(self)
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_base)
         caches = [None] * len(self.blocks) if cache is None else cache
         written = []

@@ -584,7 +584,7 @@ def _repeat_cache(cache, beams):
 def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
     """Runs the loop of a keras_hub sampler. Returns int32 (B, max_new_tokens)."""
 
-    def function(inputs):
+    def function(sampler, inputs):
         num_image_tokens = model.num_image_tokens(inputs)
         batch_size, length = inputs["token_ids"].shape
         _, hidden, cache = model.prefill(inputs, cache_length)
@@ -610,13 +610,9 @@ def _keras_hub_tokens(model, inputs, sampler, cache_length, max_new_tokens):
         )
         return prompt[:, length:]
 
-    program = model.programs.get(
-        model,
-        ("keras_hub", cache_length, max_new_tokens, repr(sampler.get_config())),
-        function,
-        sampler=sampler,
-    )
-    return _backend.to_numpy(program(inputs))
+    name = ("keras_hub", cache_length, max_new_tokens)
+    outputs = model.programs.run_with_sampler(model, name, function, sampler, inputs)
+    return _backend.to_numpy(outputs)
 
 
 # Scores -------------------------------------------------------------------------------------

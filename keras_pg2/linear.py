@@ -33,7 +33,8 @@ class StepSeed(keras.random.SeedGenerator):
     """A seed that stays the same within a training step.
 
     With rematerialization a block runs twice in a step and must drop the same values. Each chunk
-    of a long sequence drops its own. `PaliGemma2.call` renews all seeds before a step.
+    of a long sequence drops its own. The towers, and `PaliGemma2.encode_images`, renew the seeds
+    of their layers before a step.
     """
 
     def __init__(self):
@@ -49,6 +50,18 @@ class StepSeed(keras.random.SeedGenerator):
         super().next()
 
 
+def step_seeds(layer):
+    """The seeds of dropout in a layer and those within it."""
+    values = (value for inner in layer._flatten_layers() for value in vars(inner).values())
+    return [value for value in values if isinstance(value, StepSeed)]
+
+
+def renew_seeds(layer):
+    """Has the layer drop other values from now on."""
+    for seed in step_seeds(layer):
+        seed.renew()
+
+
 class DirectCall:
     """Mixin for a layer that in a program is only its `call`, without Keras' checks of arguments.
 
@@ -56,9 +69,8 @@ class DirectCall:
     """
 
     def __call__(self, *args, **kwargs):
-        if not _backend.in_program():
-            return super().__call__(*args, **kwargs)
-        return self.call(*args, **kwargs)
+        call = self.call if _backend.in_program() else super().__call__
+        return call(*args, **kwargs)
 
 
 class Linear(Quantizable, DirectCall, keras.layers.Dense):

@@ -20,7 +20,7 @@ from keras_pg2.attention import attention_mask, block_ids, sliding_window_mask, 
 from keras_pg2.checkpoints import adapters, io, presets
 from keras_pg2.config import PaliGemmaConfig, check_positive
 from keras_pg2.gemma import GemmaDecoder
-from keras_pg2.linear import Linear, LoraOptions, StepSeed, activation_dtype
+from keras_pg2.linear import Linear, LoraOptions, activation_dtype, renew_seeds, step_seeds
 from keras_pg2.losses import token_losses
 from keras_pg2.preprocessing import (
     Preprocessor,
@@ -548,9 +548,6 @@ class PaliGemma2(keras.Model):
 
     def call(self, inputs, training=None):
         inputs = _given(inputs)
-        if training:
-            for seed in self._step_seeds():
-                seed.renew()
         x, sequence = self._embed(inputs, training)
         masks = self._masks(sequence, sequence)
         start = self.num_image_tokens(inputs)
@@ -605,15 +602,6 @@ class PaliGemma2(keras.Model):
         _, losses, _ = token_losses(hidden, matrix, token_ids, weights, softcap=softcap)
         return -ops.sum(losses, axis=1)
 
-    def _step_seeds(self):
-        """The seeds of dropout, in the layers that have one."""
-        return [
-            seed
-            for layer in self._flatten_layers()
-            for seed in vars(layer).values()
-            if isinstance(seed, StepSeed)
-        ]
-
     def encode_images(self, images, training=None):
         """Images to tokens in the decoder's space.
 
@@ -624,6 +612,8 @@ class PaliGemma2(keras.Model):
         Returns:
             float (B, M · P, D), image by image.
         """
+        if training:
+            renew_seeds(self.projector)
         size, num_tokens = self.config.vision.image_size, self.config.vision.num_tokens
         num_images = images.shape[1] if len(images.shape) == 5 else 1
         images = ops.reshape(images, (-1, size, size, 3))
@@ -2016,12 +2006,12 @@ class PaliGemma2(keras.Model):
     def save_own_variables(self, store):
         _backend.sync_values(self)  # before the layers save theirs
         # Keras saves no seeds, so that a run which goes on would drop other values.
-        if seeds := self._step_seeds():
+        if seeds := step_seeds(self):
             store["step_seeds"] = np.stack([ops.convert_to_numpy(s.state) for s in seeds])
 
     def load_own_variables(self, store):
         _backend.sync_values(self)  # before the layers load theirs
-        seeds = self._step_seeds()
+        seeds = step_seeds(self)
         if "step_seeds" in store and len(store["step_seeds"]) == len(seeds):
             for seed, state in zip(seeds, store["step_seeds"]):
                 seed.state.assign(state)

@@ -1,11 +1,14 @@
 """SigLIP vision tower: a pre-norm transformer over the patches of an image."""
 
+import dataclasses
+
 import keras
 from keras import activations, layers, ops
 
 from keras_pg2 import _backend
 from keras_pg2.attention import attention
-from keras_pg2.linear import DirectCall, Linear, activation_dtype
+from keras_pg2.config import SiglipConfig
+from keras_pg2.linear import DirectCall, Linear, activation_dtype, renew_seeds
 
 
 class SiglipAttention(DirectCall, layers.Layer):
@@ -112,6 +115,7 @@ class SiglipBlock(DirectCall, layers.Layer):
         return ops.add(x, self.mlp(_backend.recomputed(self.pre_mlp_norm)(x)))
 
 
+@keras.saving.register_keras_serializable("keras_pg2")
 class SiglipTower(DirectCall, layers.Layer):
     """Patches of an image to contextual image tokens.
 
@@ -155,11 +159,12 @@ class SiglipTower(DirectCall, layers.Layer):
             layer.build(tokens_shape)
 
     def call(self, images, training=None):
-        config = self.config
-        side, patch = config.image_size // config.patch_size, config.patch_size
+        if training:
+            renew_seeds(self)
+        side, patch = self.config.image_size // self.config.patch_size, self.config.patch_size
         patches = _backend.reshape(images, (-1, side, patch, side, patch, 3))
         patches = ops.transpose(patches, (0, 1, 3, 2, 4, 5))
-        patches = _backend.reshape(patches, (-1, config.num_tokens, 3 * patch**2))
+        patches = _backend.reshape(patches, (-1, side**2, 3 * patch**2))
         x = self.patch_embedding(patches)  # (B, P, D)
         x = ops.cast(x, activation_dtype(self.compute_dtype))
         x = x + ops.cast(self.position_embedding, x.dtype)
@@ -169,6 +174,21 @@ class SiglipTower(DirectCall, layers.Layer):
             else:
                 x = _backend.part(block.__call__)(x, training=training)
         return self.final_norm(x)
+
+    # A model of a user's own may have the tower as a layer. Keras saves that by configs.
+
+    def get_config(self):
+        linear = [layer for layer in self._flatten_layers() if isinstance(layer, Linear)]
+        if any(layer.lora or layer.quantized for layer in linear):
+            raise ValueError(
+                "The config of a vision tower alone tells neither of LoRA nor of quantization. "
+                "Save the weights alone, or the PaliGemma2; or merge LoRA into a preset first."
+            )
+        return {**super().get_config(), "config": dataclasses.asdict(self.config)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "config": SiglipConfig(**config["config"])})
 
 
 class LayerNorm(DirectCall, layers.LayerNormalization):

@@ -464,6 +464,23 @@ def test_a_keras_hub_sampler_may_be_changed(model, image):
     assert model.generate(image, "ocr", max_new_tokens=6, sampler=sampler) == expected
 
 
+def test_keras_hub_samplers_that_are_alike_share_a_program(model, image):
+    samplers = pytest.importorskip("keras_hub").samplers
+
+    def answer(sampler):
+        return model.generate(image, "ocr", sampler=sampler, max_new_tokens=8)
+
+    first, second = (samplers.TopKSampler(k=50, seed=seed) for seed in (3, 4))
+    expected = [answer(sampler) for sampler in (first, first, second, second)]
+    assert len(set(expected)) == 4
+    count = len(model.programs.compilations)
+    again = [samplers.TopKSampler(k=50, seed=seed) for seed in (3, 4)]
+    # In turns, so that each goes on with its own seed.
+    found = [answer(sampler) for sampler in (*again, *again)]
+    assert found == [expected[i] for i in (0, 2, 1, 3)]
+    assert len(model.programs.compilations) == count
+
+
 def test_a_keras_hub_sampler_takes_no_grammar(model, image):
     sampler = pytest.importorskip("keras_hub").samplers.GreedySampler()
     with pytest.raises(ValueError, match="keras_hub sampler takes no grammar"):
@@ -478,11 +495,9 @@ def test_a_keras_hub_sampler_takes_no_grammar(model, image):
 def test_other_programs_stay_with_a_new_sampler(data, image):
     samplers = pytest.importorskip("keras_hub").samplers
     model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="float32")
-    for seed in range(2):
+    for k in (5, 6):
         model.generate(image, "caption", max_new_tokens=2)
-        model.generate(
-            image, "caption", sampler=samplers.RandomSampler(seed=seed), max_new_tokens=2
-        )
+        model.generate(image, "caption", sampler=samplers.TopKSampler(k=k), max_new_tokens=2)
     names = [name[0] for name in model.programs.compilations]
     assert sorted(names) == ["decode", "keras_hub", "keras_hub", "prefill"]
 
@@ -508,6 +523,31 @@ def test_threads_leave_onednn_as_it_was(data, image):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: model.generate(image, "ocr", max_new_tokens=6), range(8)))
     assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="a flag of torch")
+def test_threads_do_not_round_each_others_products(data, image):
+    import threading
+
+    model = PaliGemma2.from_preset(data / "hf_tiny_paligemma2", dtype="bfloat16")
+    candidates, is_over = ["cat", "two words", "x"], threading.Event()
+
+    def score():
+        return model.score(image, "ocr", candidates)
+
+    def generate():
+        while not is_over.is_set():
+            model.generate(image, "ocr", max_new_tokens=24)
+
+    expected = score()
+    other = threading.Thread(target=generate)
+    other.start()
+    try:
+        found = [score() for _ in range(20)]
+    finally:
+        is_over.set()
+        other.join()
+    np.testing.assert_array_equal(found, [expected] * 20)
 
 
 def test_prefill_costs_the_same_with_any_cache(model):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from keras_pg2 import PaliGemma2, PaliGemmaConfig, Preprocessor, _backend, batches
 from keras_pg2.config import GemmaConfig, SiglipConfig
+from keras_pg2.linear import step_seeds
 from tests.test_losses import gradients
 
 VOCAB_SIZE = 1664
@@ -579,6 +580,43 @@ def test_weights_set_after_an_error_stay(tokenizer, columns):
                 np.testing.assert_array_equal(found, wanted)
 
 
+def test_the_vision_tower_in_another_model(tokenizer, columns, tmp_path):
+    part = micro_model(tokenizer)
+    images = part.preprocessor.load_images([[x] for x in columns["images"][:4]])[:, 0]
+    inputs = keras.Input((28, 28, 3))
+    outputs = keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(part.vision(inputs)))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    model.fit(images, np.ones((4, 2)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    read = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(read.predict(images), model.predict(images), rtol=1e-5, atol=1e-6)
+    part.enable_lora(2, pattern="vision-all-linear")
+    with pytest.raises(ValueError, match="neither of LoRA nor of quantization"):
+        model.save(tmp_path / "lora.keras")
+
+
+def test_dropout_of_parts_goes_on(tokenizer, columns):
+    """Called alone, too, they drop other values in each step."""
+    model = micro_model(tokenizer)
+    patterns = ["vision-all-linear", "all-linear", "projector"]
+    model.enable_lora(2, dropout=0.5, pattern=patterns)
+    for layer in model.lora_layers().values():
+        layer.lora_kernel_b.assign(ops.ones(layer.lora_kernel_b.shape))
+    images = model.preprocessor.load_images([columns["images"][:1]])[0]
+    hidden = np.ones((1, 4, 16), "float32")
+    positions, mask = np.arange(4)[None], np.ones((1, 4, 4), bool)
+    for call in (
+        lambda **options: model.vision(images, **options),
+        lambda **options: model.encode_images(images, **options),
+        lambda **options: model.text(hidden, positions, (mask, mask), **options)[0],
+    ):
+        first, second = (ops.convert_to_numpy(call(training=True)) for _ in range(2))
+        assert np.abs(first - second).max() > 1e-4
+        first, second = (ops.convert_to_numpy(call(training=False)) for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+
+
 def test_a_part_of_another_model_answers_in_its_fit(tokenizer, columns):
     part = micro_model(tokenizer)
     part.freeze(".")
@@ -741,7 +779,7 @@ def test_remat_changes_no_gradient(tokenizer, training_inputs):
         for path, variable in model.variables_by_path().items():
             if path.endswith("lora_kernel_b"):
                 variable.assign(0.1 * np.random.default_rng(len(path)).normal(size=variable.shape))
-        for index, seed in enumerate(model._step_seeds()):
+        for index, seed in enumerate(step_seeds(model)):
             seed.state.assign([index, 0])
         if remat:
             model.enable_remat()
