@@ -289,7 +289,7 @@ def coco_detection(
         check_images: bool, whether images must exist.
         on_error: "raise" to stop at the first bad image or annotation; or "skip" to leave them
             out, counted in a warning.
-        shard: None, or `(index, count)`, the part of one of several processes.
+        shard: None, or `(index, count)`, see `jsonl`.
 
     Returns:
         Examples.
@@ -341,7 +341,7 @@ def coco_segmentation(
         keep_crowds: bool, whether objects marked `iscrowd` count.
         check_images: bool, whether images must exist.
         on_error: "raise" or "skip", see `coco_detection`.
-        shard: None, or `(index, count)`, the part of one of several processes.
+        shard: None, or `(index, count)`, see `jsonl`.
 
     Returns:
         Examples.
@@ -350,6 +350,10 @@ def coco_segmentation(
         FileNotFoundError: if there is no such file.
         ValueError: if an annotation is bad, with file and id; if no example is left; or if an
             option is out of range.
+
+    Example:
+        >>> annotations = "annotations/instances_train2017.json"
+        >>> keras_pg2.data.coco_segmentation(annotations, "train2017", codec=model.get_codec())
 
     Source: big_vision `pp/proj/paligemma/segmentation.py`.
     """
@@ -394,7 +398,7 @@ def coco_captions(
         seed: int, of the draw.
         check_images: bool, whether images must exist.
         on_error: "raise" or "skip", see `coco_detection`.
-        shard: None, or `(index, count)`, the part of one of several processes.
+        shard: None, or `(index, count)`, see `jsonl`.
 
     Returns:
         Examples.
@@ -403,6 +407,9 @@ def coco_captions(
         FileNotFoundError: if there is no such file.
         ValueError: if an annotation is bad, with file and id; if no example is left; or if an
             option is out of range.
+
+    Example:
+        >>> keras_pg2.data.coco_captions("annotations/captions_train2017.json", "train2017")
 
     Source: big_vision `configs/proj/paligemma/transfers/cococap.py`.
     """
@@ -730,7 +737,7 @@ def vqa(
         check_images: bool, whether images must exist.
         on_error: "raise" to stop at the first bad question; or "skip" to leave them out, counted
             in a warning.
-        shard: None, or `(index, count)`, the part of one of several processes.
+        shard: None, or `(index, count)`, see `jsonl`.
 
     Returns:
         Examples.
