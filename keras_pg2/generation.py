@@ -490,10 +490,9 @@ def _sample(logits, uniform):
     cumulative = ops.cumsum(probs, axis=-1)
     # XLA's sums may rise a little where nothing is added, even past the sum of all. So a token has
     # a probability, and the target is below the sum at the last that has one.
-    is_possible = probs > 0
-    target = uniform[:, None] * ops.max(ops.where(is_possible, cumulative, 0.0), -1, keepdims=True)
-    reached = ops.logical_and(is_possible, cumulative >= target)
-    return ops.cast(ops.argmax(ops.cast(reached, "int32"), axis=-1), "int32")
+    cumulative = _backend.masked_fill(cumulative, probs <= 0, 0)
+    target = uniform[:, None] * ops.max(cumulative, axis=-1, keepdims=True)
+    return ops.cast(ops.argmax(ops.cast(cumulative >= target, "int32"), axis=-1), "int32")
 
 
 def _choose_beams(sampler, state, log_probs):
