@@ -90,10 +90,23 @@ MAX_TOKENS = 768 if BACKEND == "torch" and not torch.cuda.is_available() else 20
 
 
 _state = threading.local()
-_layout_lock, _graph_lock, _sampler_lock = threading.Lock(), threading.Lock(), threading.Lock()
+_layout_lock, _graph_lock = threading.Lock(), threading.Lock()
 _broken_graphs = []
 _onednn = types.SimpleNamespace(lock=threading.Lock(), num_without=0, was_enabled=None)
 _turns = threading.RLock()  # of threads that run programs on a CPU, see `_turn`
+
+
+def _renew_locks():
+    """Makes a forked process forget the threads that it does not have."""
+    global _layout_lock, _graph_lock, _turns
+    _layout_lock, _graph_lock, _turns = threading.Lock(), threading.Lock(), threading.RLock()
+    _onednn.lock = threading.Lock()
+    if _onednn.num_without:
+        _onednn.num_without, torch.backends.mkldnn.enabled = 0, _onednn.was_enabled
+
+
+if BACKEND == "torch" and hasattr(os, "register_at_fork"):  # the others cannot be forked
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def in_program():
@@ -121,7 +134,7 @@ class Programs:
         self.compilations, self.functions = [], {}
         self._programs, self._sampler_programs, self._parts = {}, {}, {}
         self._content, self._places, self._sampler = [], [], None
-        self._lock = threading.Lock()
+        self._lock, self._sampler_lock = threading.Lock(), threading.RLock()
 
     def get(self, model, name, function, sampler=None, donate=False, in_parts=False, record=False):
         """The compiled form of `function`.
@@ -174,7 +187,7 @@ class Programs:
         Returns:
             what `function` returns.
         """
-        with _sampler_lock:  # all threads' samplers that are alike share the variables of one
+        with self._sampler_lock:  # all threads' samplers that are alike share the variables of one
             same = self._sampler if _are_alike(self._sampler, sampler) else sampler
             name = (*name, repr(_config_but_seed(sampler)))  # which may have been changed
             program = self.get(model, name, functools.partial(function, same), sampler=same)
@@ -295,7 +308,9 @@ def _compile_jax(model, function, updated, donate, in_parts):
     jitted = jax.jit(stateless, donate_argnums=(2,) if donate else ())
 
     def run(*args):
-        sync_values(model)  # in the middle of `fit`, Keras holds the values elsewhere
+        was_synced = getattr(model, "_jax_state_synced", True)
+        model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
+        model._jax_state_synced = was_synced  # so that it goes on with them, which do not change
         if any(variable._value is None for variable in variables):  # `value` would be a new one
             raise RuntimeError(
                 "The weights are with the model that this one is a part of, which is in `fit`, "
@@ -415,7 +430,8 @@ def sync_values(model):
     """Gives the variables their values, which Keras holds elsewhere in its loops on jax."""
     if BACKEND == "jax":
         model.jax_state_sync()
-        model._jax_state = None  # Keras would write them again, over later ones
+        # Keras would write these again, over later ones. It is to read the variables instead.
+        model._jax_state, model._jax_state_synced = None, True
 
 
 @contextlib.contextmanager

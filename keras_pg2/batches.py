@@ -18,6 +18,7 @@ import sys
 
 import keras
 import numpy as np
+from keras import ops
 from keras.src.trainers.data_adapters import data_adapter, data_adapter_utils
 from keras.src.utils import rng_utils
 
@@ -87,8 +88,11 @@ class Batches(data_adapter.DataAdapter):
         if first is self:
             raise ValueError(f"The data is empty. Expected {_FORMS}.")
         self._first = _unwrap(first)
-        # For the first pass: some iterables go on where they stopped.
+        # For the first pass: some iterables go on where they stopped. A DataLoader of torch with
+        # persistent workers has one iterator, which begins anew for whoever asks next.
         self._rest = itertools.chain([self._first], iterator)
+        if getattr(data, "persistent_workers", False):
+            self._rest = None
         self._is_generator = iterator is self._data
         self._is_used_up = False
         if self._is_generator:
@@ -136,7 +140,9 @@ class Batches(data_adapter.DataAdapter):
         elif isinstance(self._data, keras.utils.PyDataset):
             is_endless = self._num_batches is None
             indices = itertools.count() if is_endless else range(self._num_batches)
-            items = (_unwrap(self._data[index]) for index in indices)
+            workers = max(1, self._data.workers)
+            places = ((index,) for index in indices)
+            items = map(_unwrap, _backend.prefetch(self._data.__getitem__, places, workers))
         else:
             items, self._rest = map(_unwrap, self._rest or self._data), None
         if self._in_batches:
@@ -226,21 +232,8 @@ class Batches(data_adapter.DataAdapter):
         return x
 
     def check_distribution(self):
-        """Raises a ValueError if a batch cannot be split among the devices.
-
-        Each process has batches of its own, and those of all together are one.
-        """
-        distribution = keras.distribution.distribution()
-        if distribution is None:
-            return
-        parts = distribution.num_model_replicas
-        parts //= math.gcd(parts, distribution.num_processes)
-        if self._batch_size % parts:
-            raise ValueError(
-                f"The number of examples in a batch must be a multiple of {parts}, since "
-                "`keras.distribution` splits it among devices. Received: "
-                f"{self._batch_size} examples"
-            )
+        """See the function of this name."""
+        check_distribution(self._batch_size)
 
     def check_processes(self):
         """Raises a ValueError if processes have different numbers of batches."""
@@ -377,6 +370,44 @@ def single_batch(batch):
     if "token_ids" not in batch:  # a single prompt would not say that it is one
         batch = _named(("images", "prompts", "responses"), columns_of(batch))
     return [batch], 1
+
+
+def check_distribution(batch_size):
+    """Raises a ValueError if a batch cannot be split among the devices.
+
+    Each process has batches of its own, and those of all together are one.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return
+    parts = distribution.num_model_replicas
+    parts //= math.gcd(parts, distribution.num_processes)
+    if batch_size % parts:
+        raise ValueError(
+            f"The number of examples in a batch, of validation too, must be a multiple of {parts}, "
+            f"since `keras.distribution` splits it among devices. Received: {batch_size} examples"
+        )
+
+
+def filled_up(x, batch_size):
+    """Arrays whose last row is repeated up to whole batches, where devices share a batch.
+
+    Args:
+        x: dict of arrays (B, …).
+        batch_size: int.
+
+    Returns:
+        x: dict of arrays, as it was without `keras.distribution`.
+        count: int, B.
+    """
+    count = len(next(iter(x.values())))
+    if keras.distribution.distribution() is None:
+        return x, count
+    check_distribution(batch_size)
+    missing = -count % batch_size
+    arrays = {name: ops.convert_to_numpy(array) for name, array in x.items()}
+    padded = {k: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) for k, x in arrays.items()}
+    return padded, count
 
 
 def columns_of(batch):

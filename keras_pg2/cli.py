@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import glob
 import itertools
 import json
@@ -37,12 +38,25 @@ _IMAGE_ENDINGS = (
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+def run():
+    """Runs the command, and ends the process."""
+    code = main()
+    if code == 130:  # at once: jax may crash if Python ends while it compiles
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv=None):
     """Runs the command.
 
     Returns:
         int, 0; 1 after errors that were printed; 130 after Ctrl+C; 141 after `| head`.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     options = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # no letter ends a run, whatever the terminal knows
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -203,6 +217,9 @@ def _run_task(options):
         raise ValueError("--stream goes with one image, and not with --json.")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be positive. Received: {options.max_new_tokens}")
+    codec = getattr(options, "codec", None)
+    if codec and not os.path.isfile(os.path.expanduser(codec)):
+        raise FileNotFoundError(f"No such file for --codec: {codec!r}")
     prompt = _prompt(options)  # all that can be wrong is found before a model is loaded
     model = _load(options)
     num_failures = 0
@@ -224,7 +241,6 @@ def _run_task(options):
                 if line is not None:
                     tqdm.tqdm.write(line, file=sys.stdout)
                 if drawn_paths:
-                    os.makedirs(os.path.dirname(os.path.abspath(drawn_paths[path])), exist_ok=True)
                     with io.replace_when_done(drawn_paths[path]) as new, open(new, "wb") as file:
                         draw(image, answer).save(file, "PNG")
             bar.update(len(paths[start : start + options.batch_size]))
@@ -278,6 +294,7 @@ def _drawn_paths(names, paths, out):
     """dict of path to the path of its drawn image; empty without `out`."""
     if out is None:
         return {}
+    out = os.path.expanduser(out)
     drawn = {paths[0]: out}
     is_png = out.lower().endswith(".png") and not os.path.isdir(out)
     is_folder = os.path.isdir(out) or out.endswith(os.sep) or names != paths or len(paths) > 1
@@ -293,6 +310,11 @@ def _drawn_paths(names, paths, out):
             raise ValueError(f"--draw writes PNG files. Received: {path!r}")
         if os.path.lexists(path):
             raise FileExistsError(f"{path!r} exists already. Choose another path for --draw.")
+        folder = os.path.dirname(os.path.abspath(path))
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise OSError(f"--draw cannot write {path!r}: {folder!r} takes no files.")
     return drawn
 
 
@@ -403,6 +425,7 @@ def _convert(options):
         raise FileExistsError(
             f"{options.destination!r} exists already. Pass --force to replace it."
         )
+    io.path_to_write(options.destination)
     checkpoint = presets.find_checkpoint(options.source)
     size = checkpoint.config.vision.image_size
     preprocessor = checked_preprocessor(

@@ -158,4 +158,4 @@ def token_losses(
         loss, (losses, hits) = _backend.with_gradients(all_losses)(*tensors)
     else:
         loss, (losses, hits), _ = all_losses(*tensors)
-    return loss, losses[:, :length], hits[:, :length]
+    return loss, losses[:, :length], ops.stop_gradient(hits)[:, :length]

@@ -1237,6 +1237,9 @@ class PaliGemma2(keras.Model):
                 With `loss=None` only.
             **kwargs: see `keras.Model.compile`.
 
+        The reported "loss" is the cross-entropy alone. What `add_loss`, regularizers or a
+        `compute_loss` of a subclass add is trained, but not reported.
+
         Raises:
             ValueError: if an option is out of range, or of the other kind of loss.
         """
@@ -1343,6 +1346,8 @@ class PaliGemma2(keras.Model):
                 validation_data = self._batches(validation_data, None, validation_batch_size)
             if kwargs.get("steps_per_epoch") is None:
                 x.check_processes()
+            for data in filter(None, (x, validation_data)):
+                data.check_distribution()  # now, not after an epoch
             self._use_function_for("train_function", lambda: x.shapes)
             self._build_optimizer()
             options = {"callbacks": _with_watch(callbacks, x), "validation_data": validation_data}
@@ -1462,7 +1467,7 @@ class PaliGemma2(keras.Model):
         return super().make_predict_function(force)
 
     def _unshare_values(self):
-        if getattr(self, "optimizer", None) is not None:
+        if getattr(getattr(self, "optimizer", None), "use_ema", False):
             _backend.unshare([*self.variables, *self.optimizer.variables])
 
     def _maybe_symbolic_build(self, **options):
@@ -1504,12 +1509,14 @@ class PaliGemma2(keras.Model):
                     f"Of tokenized data `predict` gives logits, and {sorted(options)} have no "
                     "effect. Pass raw data, or call `generate`."
                 )
+            count = None
             if isinstance(x, dict):
                 x = {name: array for name, array in x.items() if name != "loss_mask"}
+                x, count = batches.filled_up(x, batch_size)
             with _backend.synced_values(self):
                 return super().predict(
                     x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-                )
+                )[:count]
         if callbacks:
             raise ValueError("Of raw data `predict` calls no `callbacks`: leave them out.")
         data = self._batches(x, None, batch_size)
@@ -1916,10 +1923,12 @@ class PaliGemma2(keras.Model):
         scheme_of(mode, config)  # raises before anything is changed
         for path in matching:  # all, before one is changed
             layers[path].check_quantizable()
-        with _backend.strategy_scope(self):
-            for path in matching:
-                layers[path].quantize(mode, config=config)
-        self._renew_programs()
+        try:
+            with _backend.strategy_scope(self):
+                for path in matching:
+                    layers[path].quantize(mode, config=config)
+        finally:  # after an interrupt, too, which leaves each layer whole
+            self._renew_programs()
 
     def _check_quantize_args(self, mode, compute_dtype):
         pass  # `quantize` checks them; here Keras would forbid to quantize the rest later

@@ -299,6 +299,8 @@ def batch_examples(images, prompts, responses=None):
     """
     if _is_array(images) and len(images.shape) in (4, 5):
         images = list(_to_numpy(images))
+    if hasattr(images, "ragged_rank"):
+        images = list(images)
     images, prompts, responses = map(_items, (images, prompts, responses))
     one_image = not isinstance(images, list)
     one_prompt = isinstance(prompts, str)
@@ -542,6 +544,8 @@ def _read(image):
             return _upright(opened, _name(image))
     if isinstance(image, Image.Image):
         return _upright(image, "the PIL image")
+    if hasattr(image, "ragged_rank"):  # a row of what tf.data's `ragged_batch` gives
+        image = image.to_tensor()
     if not _is_array(image):
         hint = ", which has no pixels" if hasattr(image, "tokens") else ""
         raise ValueError(f"Each of `images` must be {_IMAGE_TYPES}. Received: {image!r:.80}{hint}")

@@ -570,9 +570,17 @@ class Quantizable:
         mode, group_size = scheme_of(mode, config)
         matrix = getattr(self, f"_{self.matrix_name}")
         values = None if matrix._value is None else _backend.to_numpy(matrix)
-        self.make_quantized(mode, group_size)
-        if values is not None:
-            self.quantized.assign(*self.encode(values))
+        try:
+            self.make_quantized(mode, group_size)
+            if values is not None:
+                self.quantized.assign(*self.encode(values))
+        except BaseException:  # an interrupt, too, must not lose the matrix
+            with unlocked(self):
+                if self.quantized is not None:
+                    _backend.remove_attribute(self, "quantized")
+                self.quantized = None
+                setattr(self, f"_{self.matrix_name}", matrix)
+            raise
 
     def check_quantizable(self):
         """Raises a ValueError if the layer cannot be quantized now."""

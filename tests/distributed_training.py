@@ -121,6 +121,20 @@ def main():
         train(config, parallel, batch_size=3)
     with pytest.raises(ValueError, match=r"a multiple of 2, since .* Received: 3 examples$"):
         train(config, parallel, one_batch=3)
+    keras.distribution.set_distribution(parallel)
+    model = keras_pg2.PaliGemma2(config)
+    model.compile("sgd")
+    data = {
+        "images": np.zeros((5, 28, 28, 3), "float32"),
+        "token_ids": np.full((5, 6), 7, "int32"),
+        "suffix_mask": np.ones((5, 6), bool),
+    }
+    logits = model.predict(data, batch_size=4, verbose=0)  # the last batch has one
+    assert logits.shape == (5, 6, 64)
+    np.testing.assert_allclose(logits, np.repeat(logits[:1], 5, axis=0), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"of validation too, .* Received: 3 examples$"):
+        model.fit(data, batch_size=4, validation_data=data, validation_batch_size=3, verbose=0)
+    assert not model.optimizer.iterations.numpy()
     assert devices["text/block_0/mlp/up/kernel"] == 8
     assert devices["text/block_0/attention/query/kernel"] == 8
     assert devices["text/block_0/attention/key/kernel"] == 2  # two heads, four devices

@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -260,6 +261,8 @@ def test_interrupted_conversion_leaves_nothing(data, tmp_path, monkeypatch):
         (["ocr", "none.png"], "No such image file: 'none.png'"),
         (["detect", __file__, "cat", "--draw", __file__], "--draw needs a folder"),
         (["detect", __file__, "cat", "--draw", "a.png"], "--draw needs a folder"),
+        (["detect", "cat", "--draw", f"{__file__}/a/b.png"], "takes no files"),
+        (["segment", "cat", "--codec", "nowhere.npz"], "No such file for --codec: 'nowhere.npz'"),
     ],
 )
 def test_arguments_are_checked_before_a_model_is_loaded(image_path, capsys, command, message):
@@ -315,6 +318,37 @@ def test_interruption(image_path, monkeypatch):
 
     monkeypatch.setattr(PaliGemma2, "from_preset", interrupt)
     assert cli.main(["ocr", image_path]) == 130
+
+
+def test_an_interruption_ends_the_process(monkeypatch):
+    codes = []
+    monkeypatch.setattr(cli, "main", lambda: 130)
+    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    with pytest.raises(SystemExit):
+        cli.run()
+    assert codes == [130]
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_closed_streams(image_path, data, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, name, None)
+    command = ["ocr", image_path, "--max-new-tokens", "2", "--json"]
+    assert cli.main([*command, "--preset", str(data / "hf_tiny_paligemma2")]) == 0
+    output = capsys.readouterr()
+    assert not (output.out if name == "stdout" else output.err)
+    if name == "stderr":
+        assert list(json.loads(output.out)) == ["image", "text"]
+
+
+def test_draw_in_the_home_folder(folder, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    command = ["detect", str(folder / "a.png"), "cat", "--max-new-tokens", "2", "--draw=~/drawn/"]
+    assert cli.main([*command, "--preset", str(data / "hf_tiny_paligemma2")]) == 0
+    assert (tmp_path / "home" / "drawn" / "a.png").exists()
+    assert not (tmp_path / "~").exists()
+    assert cli.main([*command, "--preset", "not loaded"]) == 1
+    assert "exists already. Choose another path for --draw" in capsys.readouterr().err
 
 
 def test_nobody_reads_on(image_path, monkeypatch):

@@ -550,6 +550,23 @@ def test_threads_do_not_round_each_others_products(data, image):
     np.testing.assert_array_equal(found, [expected] * 20)
 
 
+@pytest.mark.skipif(_backend.BACKEND != "torch", reason="jax and tensorflow cannot be forked")
+def test_a_fork_has_no_locks_of_other_threads(monkeypatch):
+    import torch
+
+    for name in ("_turns", "_layout_lock", "_graph_lock"):
+        monkeypatch.setattr(_backend, name, getattr(_backend, name))  # put back at the end
+    monkeypatch.setattr(_backend._onednn, "lock", _backend._onednn.lock)
+    was_enabled, held = torch.backends.mkldnn.enabled, _backend._turns
+    with held:
+        _backend._count_users_without_onednn(1)
+        assert not torch.backends.mkldnn.enabled
+        _backend._renew_locks()
+        assert _backend._turns is not held
+        assert _backend._onednn.num_without == 0
+        assert torch.backends.mkldnn.enabled == was_enabled
+
+
 def test_prefill_costs_the_same_with_any_cache(model):
     if _backend.BACKEND != "jax":
         pytest.skip("jax only: it tells what a program needs")

@@ -143,7 +143,10 @@ def test_losses_and_hits():
     embeddings = np.eye(4, dtype="float32")
     weights = np.array([[1, 0.5, 0.25, 0]], "float32")
     arrays = [hidden, embeddings, np.array([[0, 1, 0, 3]], "int32"), weights]
-    loss, found, hits = losses.token_losses(*map(ops.convert_to_tensor, arrays))
+    variables = [keras.Variable(x) for x in arrays[:2]]
+    tensors = [*(v.value for v in variables), *map(ops.convert_to_tensor, arrays[2:])]
+    loss, found, hits = losses.token_losses(*tensors)
+    assert not getattr(hits, "requires_grad", False)
     right = np.log(np.exp(9) + 3) - 9
     np.testing.assert_allclose(
         ops.convert_to_numpy(found), [[right, right, 9 + right, 0]], rtol=1e-5, atol=1e-6

@@ -645,3 +645,35 @@ def test_export(tmp_path, mode):
         exported = tf.saved_model.load(tmp_path / "model")
         logits = exported.serve({name: tf.constant(array) for name, array in inputs.items()})
     np.testing.assert_allclose(logits, _numpy(model(inputs)), atol=1e-4)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_quantization_loses_nothing(monkeypatch, error):
+    keras.utils.set_random_seed(0)
+    model = _micro_model()
+    before = {path: _backend.to_numpy(v) for path, v in model.variables_by_path().items()}
+    encode, calls = quantization.QuantizedMatrix.encode, []
+
+    def interrupted(self, values):
+        calls.append(self)
+        if len(calls) == 3:
+            raise error
+        return encode(self, values)
+
+    monkeypatch.setattr(quantization.QuantizedMatrix, "encode", interrupted)
+    with pytest.raises(error):
+        model.quantize("int8")
+    layers = model._quantized_layers()
+    assert len(layers) == 2
+    for path, variable in model.variables_by_path().items():
+        if "/quantized/" not in path:
+            np.testing.assert_array_equal(_backend.to_numpy(variable), before[path])
+    assert len(model.variables) == len(before) + 2  # two codes and scales for two kernels
+    model.quantize("int8")
+    keras.utils.set_random_seed(0)
+    whole = _micro_model()
+    whole.quantize("int8")
+    expected = {path: _backend.to_numpy(v) for path, v in whole.variables_by_path().items()}
+    found = {path: _backend.to_numpy(v) for path, v in model.variables_by_path().items()}
+    assert set(found) == set(expected)
+    assert all((found[path] == expected[path]).all() for path in expected)

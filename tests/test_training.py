@@ -617,6 +617,88 @@ def test_dropout_of_parts_goes_on(tokenizer, columns):
         np.testing.assert_array_equal(first, second)
 
 
+def test_data_may_come_from_answers(tokenizer, columns):
+    """A generator that asks the model which it feeds."""
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.1))
+    before = [array.copy() for array in model.get_weights()]
+    image, answers = columns["images"][0], []
+
+    def asking():
+        for _ in range(3):
+            answers.append(model.generate(image, "ocr", max_new_tokens=2))
+            yield {"images": [image], "prompts": ["ocr"], "responses": ["cat"]}
+
+    model.fit(asking(), epochs=1, verbose=0)
+    assert len(answers) == 3
+    assert any((old != new).any() for old, new in zip(before, model.get_weights()))
+
+
+def test_a_callback_may_evaluate_and_fail(tokenizer, columns):
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.1))
+    errors = []
+
+    class Evaluate(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            model.evaluate(columns, batch_size=5, verbose=0)
+            try:
+                model.evaluate([{"images": 1}], verbose=0)
+            except ValueError as error:
+                errors.append(error)
+
+    history = model.fit(columns, batch_size=5, verbose=0, callbacks=[Evaluate()]).history
+    assert len(errors) == 2
+    assert np.isfinite(history["loss"]).all()
+
+
+def test_workers_of_a_py_dataset(tokenizer, columns):
+    threads = set()
+
+    class Slow(Loader):
+        def __getitem__(self, index):
+            threads.add(threading.current_thread())
+            return super().__getitem__(index)
+
+    loader = Slow(columns)
+    loader.workers = 3
+    data = batches.Batches(loader, micro_model(tokenizer).preprocessor, VOCAB_SIZE)
+    found = [x["token_ids"] for (x,) in data.arrays()]
+    threads.discard(threading.current_thread())  # the first batch is looked at
+    assert threads
+    expected = [x["token_ids"] for x in read(columns, tokenizer, batch_size=4)]
+    for array, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+def test_one_torch_loader_for_training_and_validation(tokenizer, columns):
+    """With persistent workers all its iterators are one."""
+    data = pytest.importorskip("torch.utils.data")
+    options = {"batch_size": 5, "num_workers": 1, "persistent_workers": True}
+    loader = data.DataLoader(examples_of(columns), collate_fn=list, **options)
+    model = micro_model(tokenizer)
+    model.compile(keras.optimizers.SGD(0.0))
+    history = model.fit(loader, validation_data=loader, epochs=2, verbose=0).history
+    np.testing.assert_allclose(history["val_loss"], history["loss"], rtol=1e-5)
+
+
+@pytest.mark.skipif(_backend.BACKEND != "tensorflow", reason="ragged tensors are tensorflow's")
+def test_ragged_batches(tokenizer):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (20 + 2 * i, 24 - i, 3), "uint8") for i in range(4)]
+    specs = {
+        "images": tf.TensorSpec((None, None, 3), tf.uint8),
+        **dict.fromkeys(("prompts", "responses"), tf.TensorSpec((), tf.string)),
+    }
+    rows = [{"images": image, "prompts": "ocr", "responses": "cat"} for image in images]
+    data = tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=specs)
+    (found,) = read(data.ragged_batch(4), tokenizer)
+    (expected,) = read(rows, tokenizer, batch_size=4)
+    np.testing.assert_array_equal(found["images"], expected["images"])
+
+
 def test_a_part_of_another_model_answers_in_its_fit(tokenizer, columns):
     part = micro_model(tokenizer)
     part.freeze(".")
