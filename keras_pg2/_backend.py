@@ -311,11 +311,7 @@ def _compile_jax(model, function, updated, donate, in_parts):
         was_synced = getattr(model, "_jax_state_synced", True)
         model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
         model._jax_state_synced = was_synced  # so that it goes on with them, which do not change
-        if any(variable._value is None for variable in variables):  # `value` would be a new one
-            raise RuntimeError(
-                "The weights are with the model that this one is a part of, which is in `fit`, "
-                "`evaluate` or `predict`. Call its `jax_state_sync()` first."
-            )
+        _check_values(variables)
         _check_same_inputs(variables, args)
         values = [variable.value for variable in variables]
         outputs, new_values = jitted(values, [v.value for v in updated], *args)
@@ -438,10 +434,20 @@ def sync_values(model):
 def synced_values(model):
     """A call of Keras with whose values the variables begin and end, after an error, too."""
     sync_values(model)
+    _check_values(model.variables)
     try:
         yield
     finally:
         sync_values(model)
+
+
+def _check_values(variables):
+    """Raises a RuntimeError if the variables have no values, for which Keras would make others."""
+    if any(variable._value is None for variable in variables):
+        raise RuntimeError(
+            "The weights are with the model that this one is a part of, which is in `fit`, "
+            "`evaluate` or `predict`. Call its `jax_state_sync()` first."
+        )
 
 
 def strategy_scope(model):

@@ -793,7 +793,8 @@ class PaliGemma2(keras.Model):
             responses: None, str, or list of str, the beginnings of the answers.
             max_new_tokens: int, most tokens to generate.
             sampler: "greedy", "random", "top_k" (of the 40 likeliest), "top_p" (0.9) or "beam" (4
-                beams); a `Greedy`, `Sample` or `Beam` object; or a `keras_hub.samplers.Sampler`.
+                beams); a `Greedy`, `Sample` or `Beam` object; or a `keras_hub.samplers.Sampler`,
+                with which jax and TensorFlow compile anew for each `max_new_tokens`.
             seed: int or None, for `Sample`: the same seed draws the same random numbers, on
                 every backend and with every `batch_size`.
             stop: str or tuple of str; an answer ends before the first of them.
@@ -1799,9 +1800,17 @@ class PaliGemma2(keras.Model):
         """
         # Quantized kernels first: they raise, before any other layer is changed.
         layers = sorted(self._require_lora().values(), key=lambda x: x.quantization_mode is None)
-        for layer in layers:
-            layer.merge_lora()
-        self._renew_programs()
+        unmerged = [layer for layer in layers if not layer.is_merged]
+        try:
+            for layer in layers:
+                layer.merge_lora()
+        except BaseException:  # an interrupt, too: all are merged or none
+            for layer in unmerged:
+                if layer.is_merged:
+                    layer.unmerge_lora()
+            raise
+        finally:
+            self._renew_programs()
 
     @_not_in_fit
     def unmerge_lora(self):

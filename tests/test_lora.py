@@ -479,6 +479,29 @@ def test_merged_layers_are_not_trained(batch):
             train(data)
 
 
+def test_an_interrupted_merge_is_undone(batch, monkeypatch):
+    model = _model(rank=2, pattern="query|key")
+    _fill(model)
+    expected, merge = _weights(model), Linear.merge_lora
+    last = [*model.lora_layers().values()][-1]
+
+    def interrupted(layer):
+        if layer is last:
+            raise KeyboardInterrupt
+        merge(layer)
+
+    monkeypatch.setattr(Linear, "merge_lora", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_lora()
+    assert not any(layer.is_merged for layer in model.lora_layers().values())
+    assert all((value == expected[path]).all() for path, value in _weights(model).items())
+    monkeypatch.undo()
+    model.merge_lora()
+    with pytest.raises(ValueError, match="is merged"):
+        model.merge_lora()
+    assert all(layer.is_merged for layer in model.lora_layers().values())
+
+
 def test_weights_of_a_merged_model(batch):
     """They are those of an unmerged one, so that no copy counts LoRA twice."""
     model = _model(rank=2, pattern="query")

@@ -713,13 +713,17 @@ def test_a_part_of_another_model_answers_in_its_fit(tokenizer, columns):
         def call(self, images, training=None):
             return self.head(ops.mean(self.part.vision(images, training=training), axis=1))
 
-    answers = []
+    answers, tokenized = [], part.preprocessor.for_generation([[image]], ["ocr"])
 
     class Answers(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if _backend.BACKEND == "jax":
-                with pytest.raises(RuntimeError, match=r"Call its `jax_state_sync\(\)` first"):
-                    part.generate(image, "ocr", max_new_tokens=3)
+                for ask in (
+                    lambda: part.generate(image, "ocr", max_new_tokens=3),
+                    lambda: part.predict_on_batch(tokenized),
+                ):
+                    with pytest.raises(RuntimeError, match=r"`jax_state_sync\(\)` first"):
+                        ask()
                 self.model.jax_state_sync()
             answers.append(part.generate(image, "ocr", max_new_tokens=3))
 
