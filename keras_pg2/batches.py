@@ -398,12 +398,12 @@ def filled_up(x, batch_size):
 
     Returns:
         x: dict of arrays, as it was without `keras.distribution`.
-        count: int, B.
+        count: int, B, or None if it is as it was.
     """
-    count = len(next(iter(x.values())))
     if keras.distribution.distribution() is None:
-        return x, count
+        return x, None
     check_distribution(batch_size)
+    count = len(next(iter(x.values())))
     missing = -count % batch_size
     arrays = {name: ops.convert_to_numpy(array) for name, array in x.items()}
     padded = {k: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) for k, x in arrays.items()}

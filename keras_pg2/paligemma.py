@@ -1347,8 +1347,9 @@ class PaliGemma2(keras.Model):
                 validation_data = self._batches(validation_data, None, validation_batch_size)
             if kwargs.get("steps_per_epoch") is None:
                 x.check_processes()
-            for data in filter(None, (x, validation_data)):
-                data.check_distribution()  # now, not after an epoch
+            x.check_distribution()
+            if validation_data is not None:  # now, not after an epoch
+                validation_data.check_distribution()
             self._use_function_for("train_function", lambda: x.shapes)
             self._build_optimizer()
             options = {"callbacks": _with_watch(callbacks, x), "validation_data": validation_data}
@@ -1515,9 +1516,10 @@ class PaliGemma2(keras.Model):
                 x = {name: array for name, array in x.items() if name != "loss_mask"}
                 x, count = batches.filled_up(x, batch_size)
             with _backend.synced_values(self):
-                return super().predict(
+                outputs = super().predict(
                     x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-                )[:count]
+                )
+            return keras.tree.map_structure(lambda array: array[:count], outputs)
         if callbacks:
             raise ValueError("Of raw data `predict` calls no `callbacks`: leave them out.")
         data = self._batches(x, None, batch_size)
