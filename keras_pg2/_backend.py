@@ -312,7 +312,8 @@ def _compile_jax(model, function, updated, donate, in_parts):
         model.jax_state_sync()  # in the middle of `fit`, Keras holds the values elsewhere
         model._jax_state_synced = was_synced  # so that it goes on with them, which do not change
         _check_values(variables)
-        _check_same_inputs(variables, args)
+        if jax.process_count() > 1:
+            _check_same_inputs(variables, args)
         values = [variable.value for variable in variables]
         outputs, new_values = jitted(values, [v.value for v in updated], *args)
         for variable, value in zip(updated, new_values):
@@ -445,8 +446,7 @@ def _check_values(variables):
     """Raises a RuntimeError if the variables have no values, for which Keras would make others."""
     if any(variable._value is None for variable in variables):
         raise RuntimeError(
-            "The weights are with the model that this one is a part of, which is in `fit`, "
-            "`evaluate` or `predict`. Call its `jax_state_sync()` first."
+            "The model around this one holds the weights now. Call its `jax_state_sync()` first."
         )
 
 
@@ -1560,7 +1560,7 @@ def _check_same_inputs(variables, inputs):
 
     Each would take its own as what all have, and the answers would be of none of them.
     """
-    if jax.process_count() == 1 or all(v.value.is_fully_addressable for v in variables):
+    if all(variable.value.is_fully_addressable for variable in variables):
         return
     digest = hashlib.sha256()
     for x in keras.tree.flatten(inputs):
