@@ -433,7 +433,7 @@ def sync_values(model):
 
 @contextlib.contextmanager
 def synced_values(model):
-    """A call of Keras with whose values the variables begin and end, after an error, too."""
+    """Runs a call of Keras between two `sync_values`, the second after an error, too."""
     sync_values(model)
     _check_values(model.variables)
     try:

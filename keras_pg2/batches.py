@@ -140,7 +140,7 @@ class Batches(data_adapter.DataAdapter):
         elif isinstance(self._data, keras.utils.PyDataset):
             is_endless = self._num_batches is None
             indices = itertools.count() if is_endless else range(self._num_batches)
-            workers = max(1, self._data.workers)
+            workers = max(1, self._data.workers)  # threads, even with `use_multiprocessing`
             places = ((index,) for index in indices)
             items = map(_unwrap, _backend.prefetch(self._data.__getitem__, places, workers))
         else:
@@ -397,8 +397,11 @@ def filled_up(x, batch_size):
         batch_size: int.
 
     Returns:
-        x: dict of arrays, as it was without `keras.distribution`.
-        count: int, B, or None if it is as it was.
+        x: dict of NumPy arrays (whole batches, …), or what it was without `keras.distribution`.
+        count: int, B, or None if it is what it was.
+
+    Raises:
+        ValueError: see `check_distribution`.
     """
     if keras.distribution.distribution() is None:
         return x, None
@@ -406,8 +409,10 @@ def filled_up(x, batch_size):
     count = len(next(iter(x.values())))
     missing = -count % batch_size
     arrays = {name: ops.convert_to_numpy(array) for name, array in x.items()}
-    padded = {k: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) for k, x in arrays.items()}
-    return padded, count
+    return {
+        name: np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+        for name, array in arrays.items()
+    }, count
 
 
 def columns_of(batch):

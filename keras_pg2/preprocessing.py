@@ -299,7 +299,7 @@ def batch_examples(images, prompts, responses=None):
     """
     if _is_array(images) and len(images.shape) in (4, 5):
         images = list(_to_numpy(images))
-    if hasattr(images, "ragged_rank"):
+    if hasattr(images, "ragged_rank"):  # of tf.data's `ragged_batch`
         images = list(images)
     images, prompts, responses = map(_items, (images, prompts, responses))
     one_image = not isinstance(images, list)
@@ -544,7 +544,7 @@ def _read(image):
             return _upright(opened, _name(image))
     if isinstance(image, Image.Image):
         return _upright(image, "the PIL image")
-    if hasattr(image, "ragged_rank"):  # a row of what tf.data's `ragged_batch` gives
+    if hasattr(image, "ragged_rank"):  # one of such a batch
         image = image.to_tensor()
     if not _is_array(image):
         hint = ", which has no pixels" if hasattr(image, "tokens") else ""
